@@ -1,0 +1,290 @@
+"""Claims and verdicts. A claim is a function from evidence to a verdict; this module knows no particular one.
+
+An experiment module ends with `EXPERIMENT = Experiment(...)`. `discover` imports every module of a package and
+collects them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from lab.errors import LabError, unknown
+from lab.params import Profile, Section, parse
+from lab.plots import Plot
+from lab.records import Record
+from lab.specs import TrialSpec
+
+VerdictName = Literal["supported", "refuted", "conditional", "inconclusive", "not run"]
+Tier = Literal["sim", "cpu", "gpu"]
+
+
+class Evidence:
+    """The records of one experiment under one profile, and ways to pick from them."""
+
+    def __init__(self, records: Iterable[Record]):
+        self.records = list(records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def select(self, arm: str | None = None, **settings: Any) -> list[Record]:
+        """The successful records of an arm whose settings have these values, in the order of their seeds.
+
+        Raises:
+            LabError: there is none, so that a judge never works on nothing.
+        """
+        found = [r for r in self.records if r.status == "ok" and self._matches(r, arm, settings)]
+        if not found:
+            wanted = ", ".join([f"arm {arm}"] * (arm is not None) + [f"{k} {v}" for k, v in settings.items()])
+            raise MissingEvidence(f"no successful record with {wanted}")
+        return sorted(found, key=lambda r: (r.setting("seed") or 0, r.spec.name))
+
+    def has(self, arm: str | None = None, **settings: Any) -> bool:
+        """Whether `select` would find something."""
+        return any(r.status == "ok" and self._matches(r, arm, settings) for r in self.records)
+
+    def replace(self, arm: str, by: str) -> Evidence:
+        """Evidence in which copies of the records of the arm `by` stand in for those of `arm`: a planted fault.
+
+        Raises:
+            MissingEvidence: there is no record of `by`.
+        """
+        moved = [r.model_copy(update={"spec": r.spec.model_copy(update={"arm": arm})}) for r in self.select(by)]
+        return Evidence([r for r in self.records if r.spec.arm != arm] + moved)
+
+    @property
+    def unsuccessful(self) -> list[Record]:
+        """The records of trials that ran out of memory, diverged or failed."""
+        return [r for r in self.records if r.status != "ok"]
+
+    @staticmethod
+    def _matches(record: Record, arm: str | None, settings: Mapping[str, Any]) -> bool:
+        if arm is not None and record.spec.arm != arm:
+            return False
+        return all(record.setting(name) == value for name, value in settings.items())
+
+
+class MissingEvidence(LabError):
+    """A judge asked for records that are not there; the verdict is then `not run` or `inconclusive`."""
+
+
+UNFIT = (LabError, ValueError, LookupError, ArithmeticError)
+"""What a judge runs into on part of the evidence: no such record or figure, an unpaired seed, a division by nothing."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a judge concludes from the evidence: the verdict, its number with the interval, and why."""
+
+    verdict: VerdictName
+    effect: float | None
+    low: float | None
+    high: float | None
+    unit: str
+    n: int
+    because: str
+    records: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement that can be wrong, with everything that was fixed before its evidence."""
+
+    id: str
+    statement: str
+    lecture: str
+    tiers: tuple[Tier, ...]
+    threshold: str
+    scope: str
+    judge: Callable[[Evidence], Finding]
+    controls: Mapping[str, Callable[[Evidence], Evidence]]
+    """By name: evidence with a planted fault in it, or with the answer known. One at least must be judged otherwise."""
+    advice: Mapping[str, str]
+    """One line for someone with one GPU, by verdict."""
+    stated: Mapping[str, VerdictName] = field(default_factory=dict)
+    """The verdict that the committed evidence gave, by profile; a test compares, so that a change is noticed."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One file under `experiments/`: the claims of a family and the trials that they need."""
+
+    name: str
+    title: str
+    params: type[Section]
+    trials: Callable[[Any, Profile], list[TrialSpec]]
+    claims: tuple[Claim, ...]
+    plots: tuple[Plot, ...] = ()
+
+    def plan(self, profile: Profile, where: str) -> list[TrialSpec]:
+        """The trials that this experiment wants under a profile ([] where the profile leaves it out)."""
+        raw = profile.experiments().get(self.name)
+        if raw is None:
+            return []
+        specs = self.trials(parse(self.params, raw, f"{where}.{self.name}"), profile)
+        names = [spec.name for spec in specs]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise LabError(
+                f"experiments/{self.name}.py: two trials are called '{repeated[0]}'. Give each its own name."
+            )
+        return specs
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim's verdict under one profile, as `lab verdicts --json` prints it."""
+
+    claim: str
+    experiment: str
+    tier: str
+    profile: str
+    verdict: VerdictName
+    effect: float | None
+    low: float | None
+    high: float | None
+    unit: str
+    n: int
+    threshold: str
+    scope: str
+    advice: str
+    because: str
+    control: str
+    unsuccessful: int
+    records: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Registry:
+    """All experiments, by name."""
+
+    experiments: Mapping[str, Experiment]
+
+    @cached_property
+    def claims(self) -> dict[str, tuple[Experiment, Claim]]:
+        """Every claim with its experiment, by id.
+
+        Raises:
+            LabError: two experiments claim the same id.
+        """
+        found: dict[str, tuple[Experiment, Claim]] = {}
+        for experiment in self.experiments.values():
+            for claim in experiment.claims:
+                if claim.id in found:
+                    raise LabError(f"claim '{claim.id}' is in two experiments. Give each its own id.")
+                found[claim.id] = (experiment, claim)
+        return found
+
+    def experiment(self, name: str) -> Experiment:
+        """The experiment called `name`."""
+        if name not in self.experiments:
+            raise unknown("experiment", name, self.experiments)
+        return self.experiments[name]
+
+    def check_profile(self, profile: Profile, where: str) -> None:
+        """Every section of the profile belongs to an experiment, and is right.
+
+        Raises:
+            LabError: a key that nobody knows, or a wrong value.
+        """
+        for name in profile.experiments():
+            if name not in self.experiments:
+                known = [*Profile.model_fields, *self.experiments]
+                raise unknown("key", name, known, f"{where}: ")
+            self.experiments[name].plan(profile, where)
+
+
+def discover(package: str = "experiments") -> Registry:
+    """Import every module of `package` that has an EXPERIMENT; in the order of the lecture."""
+    try:
+        root = importlib.import_module(package)
+    except ModuleNotFoundError:
+        raise LabError(
+            f"no package '{package}' here. Run lab in the folder of the study (where {package}/ is)."
+        ) from None
+    found = {}
+    for info in pkgutil.iter_modules(root.__path__):
+        experiment = getattr(importlib.import_module(f"{package}.{info.name}"), "EXPERIMENT", None)
+        if experiment is not None:
+            found[experiment.name] = experiment
+    return Registry(dict(sorted(found.items(), key=lambda item: (min(c.lecture for c in item[1].claims), item[0]))))
+
+
+def judge(
+    experiment: Experiment, claim: Claim, profile: str, tier: Tier, records: list[Record], planned: int
+) -> Verdict:
+    """The verdict of a claim on the records of one profile, and what the same judge says of the planted fault.
+
+    A claim none of whose controls is judged otherwise is `inconclusive`: its check could not have failed. A control
+    whose own records are missing does not count.
+    """
+    evidence = Evidence(records)
+    control = "not run"
+    if tier not in claim.tiers:
+        finding = _no_finding("not run", f"this claim has no {tier} tier")
+    elif not records:
+        finding = _no_finding("not run", f"nothing has been measured under the profile {profile}")
+    else:
+        finding = _find(claim, evidence)
+        if finding.verdict in ("supported", "refuted", "conditional"):
+            answers = {name: _find(claim, evidence, change).verdict for name, change in claim.controls.items()}
+            control = ", ".join(f"{name}: {answer}" for name, answer in answers.items()) or "none"
+            if all(answer in (finding.verdict, "not run") for answer in answers.values()):
+                finding = _no_finding("inconclusive", f"the check cannot fail (controls: {control})")
+    missing = planned - len(records)
+    because = finding.because + (f"; {missing} of {planned} trials are missing" if records and missing > 0 else "")
+    return Verdict(
+        claim=claim.id,
+        experiment=experiment.name,
+        tier=tier,
+        profile=profile,
+        verdict=finding.verdict,
+        effect=finding.effect,
+        low=finding.low,
+        high=finding.high,
+        unit=finding.unit,
+        n=finding.n,
+        threshold=claim.threshold,
+        scope="; ".join([claim.scope, *_measured_on(records)]),
+        advice=claim.advice.get(finding.verdict, "No advice: the evidence does not decide."),
+        because=because,
+        control=control,
+        unsuccessful=len(evidence.unsuccessful),
+        records=finding.records or tuple(f"{r.spec.experiment}/{r.spec.name}" for r in records),
+    )
+
+
+def _find(claim: Claim, evidence: Evidence, change: Callable[[Evidence], Evidence] | None = None) -> Finding:
+    """Judge the evidence, or a control's `change` of it; evidence that is missing or odd is a finding and no crash."""
+    if change is not None:
+        try:
+            evidence = change(evidence)
+        except UNFIT as error:
+            return _no_finding("not run", _reason(error))
+    try:
+        return claim.judge(evidence)
+    except UNFIT as error:
+        return _no_finding("inconclusive", _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, (LabError, ValueError)) else f"{type(error).__name__}: {error}"
+
+
+def _no_finding(verdict: VerdictName, because: str) -> Finding:
+    return Finding(verdict, None, None, None, "", 0, because)
+
+
+def _measured_on(records: list[Record]) -> list[str]:
+    """Device and versions, for the scope."""
+    if not records:
+        return []
+    origin = records[0].provenance
+    devices = sorted({r.provenance.device for r in records})
+    versions = ", ".join(f"{n} {origin.versions[n]}" for n in ("torch", "transformers", "peft") if n in origin.versions)
+    return [f"{' and '.join(devices)}, {origin.threads} threads", versions]

@@ -1,0 +1,442 @@
+"""A byte-exact ledger of live tensor storages, on real tensors, around an unchanged `Trainer`.
+
+`measure(trainer)` runs the few updates that the Trainer is configured for and says, for the last one, how
+high each phase rose and what held the bytes. Every storage counts once, however many views or tied parameters
+share it, from the operator that returns it until its last owner (a Python name, the autograd graph) lets go.
+
+Limits: scratch memory inside one kernel and the slack of a caching allocator pass unseen (on CUDA the
+allocator's own peaks are kept beside the ledger's); so does a tensor made outside until it is adopted or an
+operator returns it. One process, one device, no compiled model.
+
+Source: torch.distributed._tools.mem_tracker hears storages the same way; it fails on frozen parameters.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, UntypedStorage, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+from lab.errors import LabError
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Every tensor in nested mappings, sequences and plain objects (a QuantState of bitsandbytes, say)."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple | set):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__dict__") and not callable(value):
+        yield from tensors_in(vars(value))
+
+
+def storages_of(tensors: Iterable[Tensor]) -> dict[int, UntypedStorage]:
+    """The distinct storages behind tensors, by id; of wrapper subclasses and sparse tensors, the parts'."""
+    found: dict[int, UntypedStorage] = {}
+    for tensor in tensors:
+        if is_traceable_wrapper_subclass(tensor):
+            found |= storages_of(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        elif tensor.layout is torch.sparse_coo:
+            found |= storages_of([tensor._indices(), tensor._values()])
+        elif torch._C._has_storage(tensor):
+            storage = tensor.untyped_storage()
+            found[id(storage)] = storage
+    return found
+
+
+def held_bytes(tensors: Iterable[Tensor], round_to: int = 1) -> int:
+    """Bytes of the distinct storages behind tensors: ties count once, a view as all that it keeps alive."""
+    return sum(_rounded(storage.nbytes(), round_to) for storage in storages_of(tensors).values())
+
+
+def _rounded(size: int, round_to: int) -> int:
+    return -(-size // round_to) * round_to
+
+
+def weights(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and what bitsandbytes hangs on them: quant_state with its tables, CB, SCB."""
+    for parameter in model.parameters():
+        yield parameter
+        yield from tensors_in([getattr(parameter, name, None) for name in ("quant_state", "CB", "SCB")])
+    yield from model.buffers()
+    for module in model.modules():  # from its first forward on, Linear8bitLt keeps CB and SCB in a MatmulLtState
+        if hasattr(state := getattr(module, "state", None), "SCB"):
+            yield from tensors_in(state)
+
+
+def gradients(model: nn.Module) -> Iterator[Tensor]:
+    """The gradients that exist now."""
+    return (parameter.grad for parameter in model.parameters() if parameter.grad is not None)
+
+
+def inner_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside accelerate's wrapper: the one that has the state and fires step hooks."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def optimizer_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
+    """What the optimizer holds: its state, and the parameters it updates (master weights, where not the model's own)."""
+    yield from tensors_in(list(optimizer.state.values()))
+    yield from tensors_in([group["params"] for group in optimizer.param_groups])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes held at one moment. Each storage is in one part: the first, in this order, that claims it."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer_state: int = 0
+    inputs: int = 0
+    logits: int = 0  # the head's output, its fp32 copy, the log-probabilities that the loss saves
+    activations: int = 0  # the rest of what the forward pass made; casts of weights under autocast are here
+    other: int = 0  # the rest: batches fetched ahead, the running loss
+
+    @property
+    def total(self) -> int:
+        """Live bytes at that moment."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+class _Entry:
+    """One live storage: rounded bytes, number in the order of birth, last dimension of its first tensor."""
+
+    __slots__ = ("born", "last_dimension", "reference", "size")
+
+    def __init__(self, born: int, last_dimension: int, reference: weakref.ref[UntypedStorage]) -> None:
+        self.born, self.last_dimension, self.reference, self.size = born, last_dimension, reference, 0
+
+
+class Ledger(TorchDispatchMode):
+    """Counts live storages while it is entered, and hears releases ever after.
+
+    Autograd carries the mode, with its other thread-local state, to the threads on which CUDA runs backward.
+
+    Args:
+        round_to: a storage counts as the next multiple of this; 512 is the CUDA allocator's rounding.
+        device: count this type of device only, "cuda" say; None counts all but "meta".
+    Attributes:
+        live_bytes: bytes of all live storages.
+        peaks: the highest `live_bytes` of each phase since `reset`.
+        allocator_peaks: on CUDA, max_memory_allocated and max_memory_reserved of each phase since `reset`.
+    """
+
+    def __init__(self, round_to: int = 1, device: str | None = None) -> None:
+        super().__init__()
+        if round_to < 1:
+            raise LabError(f"Ledger: round_to is {round_to}; it must be at least 1. Take 1 for bytes, 512 for CUDA.")
+        self.round_to, self.device = round_to, device
+        self.live_bytes = self.births = 0
+        self.phase = "idle"
+        self.follows_autograd = False  # the "backward" phase begins and ends with the engine; set by `watch`
+        self.peaks: dict[str, int] = {"idle": 0}
+        self.allocator_peaks: dict[str, tuple[int, int]] = {}
+        self._entries: dict[int, _Entry] = {}
+        self._replaced_resize: list[Any] = []
+
+    def reset(self) -> None:
+        """Forget the peaks; the current phase's starts again at `live_bytes`."""
+        self._read_allocator()
+        self.peaks, self.allocator_peaks = {self.phase: self.live_bytes}, {}
+
+    def enter_phase(self, name: str) -> None:
+        """Close the current phase; the peak of the new one is at least `live_bytes`."""
+        self._read_allocator()
+        self.phase = name
+        self.peaks[name] = max(self.peaks.get(name, 0), self.live_bytes)
+
+    def _read_allocator(self) -> None:
+        if self.device == "cuda":
+            allocated, reserved = self.allocator_peaks.get(self.phase, (0, 0))
+            self.allocator_peaks[self.phase] = (
+                max(allocated, torch.cuda.max_memory_allocated()),
+                max(reserved, torch.cuda.max_memory_reserved()),
+            )
+            torch.cuda.reset_peak_memory_stats()
+
+    def adopt(self, tensors: Iterable[Tensor]) -> None:
+        """Count tensors made outside: parameters, buffers, a batch. What is known is not counted again."""
+        for tensor in tensors:
+            if tensor.device.type == "meta" or (self.device and tensor.device.type != self.device):
+                continue
+            for key, storage in storages_of([tensor]).items():
+                if key not in self._entries:
+                    self.births += 1
+                    last_dimension = tensor.shape[-1] if tensor.dim() else 0
+                    # PyTorch keeps a storage's Python object, and so its id, for as long as the memory.
+                    reference = weakref.ref(storage, partial(self._release, key))
+                    self._entries[key] = _Entry(self.births, last_dimension, reference)
+                self._set_size(self._entries[key], storage.nbytes())
+
+    def bytes_of(self, tensors: Iterable[Tensor]) -> int:
+        """Bytes of the distinct storages behind tensors, rounded as the ledger rounds."""
+        return held_bytes(tensors, self.round_to)
+
+    def _set_size(self, entry: _Entry, size: int) -> None:
+        size = _rounded(size, self.round_to)
+        self.live_bytes += size - entry.size
+        entry.size = size
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.live_bytes)
+
+    def _release(self, key: int, _: weakref.ref[UntypedStorage]) -> None:
+        self.live_bytes -= self._entries.pop(key).size
+
+    def divide(self, activations_since: int | None = None, **claims: Iterable[UntypedStorage]) -> Parts:
+        """Split what is live now among `Parts`.
+
+        Args:
+            activations_since: unclaimed storages born after this number are activations; None: none are.
+            claims: storages by part, in the order of `Parts`.
+        """
+        unclaimed = dict(self._entries)
+        held = {
+            name: sum(unclaimed.pop(id(s)).size for s in claim if id(s) in unclaimed) for name, claim in claims.items()
+        }
+        held["activations"] = held["other"] = 0
+        for entry in unclaimed.values():
+            made_by_forward = activations_since is not None and entry.born > activations_since
+            held["activations" if made_by_forward else "other"] += entry.size
+        return Parts(**held)
+
+    def born_since(self, number: int, last_dimension: int) -> list[UntypedStorage]:
+        """Live storages born after this number whose first tensor had this last dimension."""
+        young = [e for e in list(self._entries.values()) if e.born > number and e.last_dimension == last_dimension]
+        return [storage for entry in young if (storage := entry.reference()) is not None]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # wrapper subclasses (torchao's states) unfold into plain operators first
+        if self.follows_autograd and (torch._C._current_graph_task_id() != -1) != (self.phase == "backward"):
+            self.enter_phase("idle" if self.phase == "backward" else "backward")
+        result = func(*args, **(kwargs or {}))
+        self.adopt(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        return result
+
+    def __enter__(self) -> Self:
+        self._replaced_resize.append(original := UntypedStorage.resize_)
+
+        def resize(storage: UntypedStorage, size: int) -> Any:  # no operator, so no dispatch
+            result = original(storage, size)
+            if entry := self._entries.get(id(storage)):
+                self._set_size(entry, storage.nbytes())
+            return result
+
+        UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
+        return super().__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        UntypedStorage.resize_ = self._replaced_resize.pop()  # type: ignore[method-assign]
+        super().__exit__(*exception)
+
+
+class Watch:
+    """What `watch` saw; each figure is of the latest time that the moment came.
+
+    Attributes:
+        end_of_forward: when the model's forward returned, its output still alive; None before.
+        step_start: when the optimizer's step began, gradients complete; None before, and after `clear`.
+    """
+
+    def __init__(self, ledger: Ledger, model: nn.Module, optimizer: Optimizer) -> None:
+        self.ledger, self.model, self.optimizer = ledger, model, inner_optimizer(optimizer)
+        self.clear()
+
+    def clear(self) -> None:
+        """Start an update: forget the moments, the inputs and the peaks."""
+        self.end_of_forward: Parts | None = None
+        self.step_start: Parts | None = None
+        self._inputs: list[weakref.ref[UntypedStorage]] = []
+        self._forward_births = self._head_births = 0
+        self.ledger.reset()
+
+    def parts(self, logits: Iterable[UntypedStorage] = (), activations_since: int | None = None) -> Parts:
+        """What is live now; see `Ledger.divide`."""
+        return self.ledger.divide(
+            activations_since,
+            weights=storages_of(weights(self.model)).values(),
+            gradients=storages_of(gradients(self.model)).values(),
+            optimizer_state=storages_of(optimizer_tensors(self.optimizer)).values(),
+            inputs=[storage for reference in self._inputs if (storage := reference()) is not None],
+            logits=logits,
+        )
+
+    def _before_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.is_grad_enabled():
+            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self.ledger.adopt(inputs)
+            self._inputs += [weakref.ref(storage) for storage in storages_of(inputs).values()]
+            self._forward_births, self._head_births = self.ledger.births, 0
+            self.ledger.enter_phase("forward")
+
+    def _before_head(self, *_: Any) -> None:
+        self._head_births = self.ledger.births
+
+    def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+            claim = list(storages_of(tensors_in(logits)).values())
+            if isinstance(logits, Tensor) and self._head_births:
+                claim += self.ledger.born_since(self._head_births, logits.shape[-1])
+            self.end_of_forward = self.parts(claim, self._forward_births)
+
+    def _before_step(self, *_: Any) -> None:
+        self.step_start = self.parts()
+        self.ledger.enter_phase("step")
+
+    def _after_step(self, *_: Any) -> None:
+        self.ledger.enter_phase("idle")
+
+
+@contextmanager
+def watch(ledger: Ledger, model: nn.Module, optimizer: Optimizer) -> Iterator[Watch]:
+    """Mark the phases forward, backward, step and idle in the ledger by hooks, until the block ends.
+
+    Forward lasts from the model's pre-hook to the first operator of the autograd engine, so a loss outside
+    the model belongs to it; a pass without gradients belongs to idle, a checkpoint's replay to backward.
+    """
+    seen = Watch(ledger, model, optimizer)
+    find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find_head()
+    with ExitStack() as stack:
+        for handle in (
+            model.register_forward_pre_hook(seen._before_forward, with_kwargs=True),
+            model.register_forward_hook(seen._after_forward),
+            seen.optimizer.register_step_pre_hook(seen._before_step),
+            seen.optimizer.register_step_post_hook(seen._after_step),
+            *([head.register_forward_pre_hook(seen._before_head)] if head is not None else []),
+        ):
+            stack.callback(handle.remove)
+        stack.callback(setattr, ledger, "follows_autograd", ledger.follows_autograd)
+        ledger.follows_autograd = True
+        yield seen
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Memory of one update, in bytes.
+
+    Attributes:
+        peaks: highest live bytes of forward, backward, step and idle.
+        end_of_forward: of the last micro-batch, the model's output still alive.
+        step_start: gradients complete, the step not begun.
+        steady: after the update, gradients released.
+        gradients_between: gradients held after each micro-batch but the last.
+        optimizer_state_by_parameter: "shared" is what several parameters use (tables of 8-bit optimizers).
+        step_temporary: how far the step rises above what was live when it began.
+        parameters: `total` (ties once, 4-bit ones unpacked), `trainable`, `stored` (4-bit ones packed).
+        allocator_peaks: on CUDA, allocated and reserved bytes by phase.
+    """
+
+    peaks: dict[str, int]
+    end_of_forward: Parts
+    step_start: Parts
+    steady: Parts
+    gradients_between: tuple[int, ...]
+    optimizer_state_by_parameter: dict[str, int]
+    step_temporary: int
+    parameters: dict[str, int]
+    allocator_peaks: dict[str, tuple[int, int]]
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that rises highest."""
+        return max(self.peaks, key=self.peaks.__getitem__)
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Elements of the distinct parameters; see `Measurement.parameters`."""
+    unpacked = {p: getattr(getattr(p, "quant_state", None), "shape", None) or p.shape for p in model.parameters()}
+    return {
+        "total": sum(shape.numel() for shape in unpacked.values()),
+        "trainable": sum(p.numel() for p in unpacked if p.requires_grad),
+        "stored": sum(p.numel() for p in unpacked),
+    }
+
+
+def optimizer_state_by_parameter(ledger: Ledger, model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
+    """Bytes of optimizer state of each parameter, and under "shared" of what several parameters use."""
+    state = inner_optimizer(optimizer).state
+    owned = {name: storages_of(tensors_in(state[p])) for name, p in model.named_parameters() if p in state}
+    users = Counter(key for storages in owned.values() for key in storages)
+    entries = ledger._entries
+    sizes = {name: sum(entries[k].size for k in ks if users[k] == 1 and k in entries) for name, ks in owned.items()}
+    shared = sum(entries[key].size for key, count in users.items() if count > 1 and key in entries)
+    return sizes | ({"shared": shared} if shared else {})
+
+
+def measure(trainer: Trainer, round_to: int | None = None) -> Measurement:
+    """Run `trainer.train()` and account for the memory of its last update.
+
+    Args:
+        trainer: configured for two updates or more: the optimizer's state exists only from the second on.
+        round_to: see `Ledger`; 512 on CUDA and 1 elsewhere unless told.
+    Raises:
+        LabError: fewer than two updates, or more than one device.
+    """
+    from transformers import TrainerCallback
+
+    if trainer.args.n_gpu > 1:
+        raise LabError(f"measure: {trainer.args.n_gpu} GPUs; the ledger counts one. Set CUDA_VISIBLE_DEVICES=0.")
+    device = trainer.args.device.type
+    ledger = Ledger(round_to or (512 if device == "cuda" else 1), device)
+    updates: list[Measurement] = []
+
+    class Moments(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            ledger.adopt(optimizer_tensors(inner_optimizer(kwargs["optimizer"])))
+            self.seen = stack.enter_context(watch(ledger, trainer.model, kwargs["optimizer"]))
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.seen.clear()
+            self.gradients_between: list[int] = []
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.gradients_between.append(ledger.bytes_of(gradients(trainer.model)))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen = self.seen
+            if seen.end_of_forward is None or seen.step_start is None:  # an fp16 overflow skipped the step
+                return
+            updates.append(
+                Measurement(
+                    peaks=dict(ledger.peaks),
+                    end_of_forward=seen.end_of_forward,
+                    step_start=seen.step_start,
+                    steady=seen.parts(),
+                    gradients_between=tuple(self.gradients_between),
+                    optimizer_state_by_parameter=optimizer_state_by_parameter(ledger, trainer.model, seen.optimizer),
+                    step_temporary=ledger.peaks["step"] - seen.step_start.total,
+                    parameters=parameter_counts(trainer.model),
+                    allocator_peaks=dict(ledger.allocator_peaks),
+                )
+            )
+
+    moments = Moments()
+    ledger.adopt(weights(trainer.model))
+    ledger.adopt(gradients(trainer.model))
+    with ExitStack() as stack, ledger:
+        trainer.add_callback(moments)
+        stack.callback(trainer.remove_callback, moments)
+        trainer.train()
+    if len(updates) < 2:
+        raise LabError(
+            f"measure: {len(updates)} complete update(s); it takes 2 before the optimizer's state is there. "
+            "Set max_steps to 2 or more."
+        )
+    return updates[-1]

@@ -1,0 +1,102 @@
+"""What a trial is told: typed settings, one class per kind of trial. A trial's numbers follow from these alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lab.params import Count, Rate
+
+Precision = Literal["fp32", "bf16", "fp16", "bf16-master", "autocast"]
+"""`bf16-master`: bf16 weights, fp32 copy in the optimizer. `autocast`: fp32 weights, bf16 matrix products."""
+
+
+class Settings(BaseModel):
+    """Immutable and closed, so that a spec written today reads the same tomorrow."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Training(Settings):
+    """One fine-tuning run of a prepared model on a task, scored before, during and after."""
+
+    kind: Literal["training"] = "training"
+    model: str
+    task: str
+    method: str = "full"
+    method_options: dict[str, Any] = {}
+    learning_rate: Rate = 1e-3
+    optimizer: str = "adamw_torch"
+    precision: Precision = "fp32"
+    updates: int = Field(ge=0)
+    micro_batch_size: Count = 8
+    gradient_accumulation_steps: Count = 1
+    lengths: Literal["ragged", "fixed"] = "ragged"
+    seed: int = 0
+    schedule: Literal["constant", "linear"] = "linear"
+    evaluations: int = Field(default=4, ge=0)
+    """Points on the learning and forgetting curve, the last update included; 0 scores nothing at all."""
+    questions: Count = 200
+    """How many examples of the validation split, and of the test split, are asked."""
+    fault: Literal["mean-of-means", "permuted"] | None = None
+    """A planted fault. `mean-of-means` averages micro-batch means; `permuted` reorders rows inside a batch."""
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+class Comparison(Settings):
+    """Two runs from the same weights, in one process: how far apart do their parameters and losses end?"""
+
+    kind: Literal["comparison"] = "comparison"
+    first: Training
+    second: Training
+    snapshots: Count = 5
+    """At how many updates, evenly spaced, the parameters are compared."""
+
+
+class Memory(Settings):
+    """A few updates of a model on random tokens under the ledger: bytes by part and by phase."""
+
+    kind: Literal["memory"] = "memory"
+    model: str
+    method: str = "full"
+    method_options: dict[str, Any] = {}
+    precision: Precision = "fp32"
+    quantisation: Literal["int8", "nf4", "nf4-double"] | None = None
+    optimizer: str = "adamw_torch"
+    step: Literal["foreach", "fused", "for-loop"] = "foreach"
+    batch: Count = 1
+    length: Count = 32
+    gradient_accumulation_steps: Count = 1
+    attention: Literal["eager", "sdpa"] = "sdpa"
+    checkpointing: bool = False
+    updates: int = Field(default=2, ge=0)
+    """0 loads the model and counts, without training."""
+    untied: bool = False
+    """A planted fault: the output head gets a copy of the embedding instead of sharing it."""
+    seed: int = 0
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+class TrialSpec(Settings):
+    """A named trial of an experiment. `arm` is the word by which the judge finds it."""
+
+    experiment: str
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$")
+    arm: str
+    threads: Count = 1
+    """Processor threads. Trials run side by side while the profile's threads last; a trial that is timed takes all."""
+    settings: Annotated[Training | Comparison | Memory, Field(discriminator="kind")]
+
+    def models(self) -> set[str]:
+        """The prepared models that the trial reads."""
+        if isinstance(self.settings, Comparison):
+            return {self.settings.first.model, self.settings.second.model}
+        return {self.settings.model}
+
+    def digest(self) -> str:
+        """A hash of the settings: two trials with one digest are the same trial."""
+        text = json.dumps(self.settings.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]

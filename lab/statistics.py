@@ -1,0 +1,96 @@
+"""Intervals and tests. Scipy does the arithmetic; the functions here fix the conventions: two-sided 95 % intervals of
+the mean by Student's t, pairs subtracted before anything else, margins given from outside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval, and from how many independent draws."""
+
+    estimate: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.estimate:.4g} [{self.low:.4g}, {self.high:.4g}] (n = {self.n})"
+
+
+def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """The mean and its Student t interval. One draw has an infinite interval: it decides nothing.
+
+    Args:
+        values: independent draws (for a paired comparison: the differences).
+        confidence: two-sided.
+    Raises:
+        ValueError: no value, or one that is not finite.
+    """
+    from scipy import stats
+
+    n = len(values)
+    if n == 0 or not all(math.isfinite(v) for v in values):
+        raise ValueError(f"an interval needs finite values, got {list(values)}")
+    mean = math.fsum(values) / n
+    if n == 1:
+        return Interval(mean, -math.inf, math.inf, 1)
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * deviation / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """The mean of `first - second` over pairs (the same seed, the same data order), with its interval.
+
+    Raises:
+        ValueError: the two are not of one length.
+    """
+    return mean_interval([a - b for a, b in zip(first, second, strict=True)], confidence)
+
+
+def span(values: Sequence[float]) -> Interval:
+    """The mean with the smallest and the largest: for exact counts, where nothing is drawn."""
+    return Interval(math.fsum(values) / len(values), min(values), max(values), len(values))
+
+
+Answer = Literal["yes", "no", "undecided"]
+
+
+def lies_within(interval: Interval, low: float, high: float) -> Answer:
+    """Equivalence: `yes` if the whole interval lies in [low, high], `no` if all of it lies outside.
+
+    With a 95 % interval this is two one-sided tests at 2.5 % each (Schuirmann 1987), stricter than the usual 5 %.
+    """
+    if low <= interval.low and interval.high <= high:
+        return "yes"
+    if interval.high < low or interval.low > high:
+        return "no"
+    return "undecided"
+
+
+def lies_above(interval: Interval, bound: float) -> Answer:
+    """One-sided: `yes` if the whole interval lies above `bound`, `no` if all of it lies below."""
+    return lies_within(interval, bound, math.inf)
+
+
+def exponent(x: Sequence[float], y: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """The b of y = a x^b by least squares on logarithms, with the t interval of the slope.
+
+    Raises:
+        ValueError: fewer than three points, or one that is not positive.
+    """
+    from scipy import stats
+
+    if len(x) < 3 or min(*x, *y) <= 0:
+        raise ValueError(f"an exponent needs three positive points, got {list(zip(x, y, strict=True))}")
+    fit = stats.linregress([math.log(v) for v in x], [math.log(v) for v in y])
+    half = float(stats.t.ppf((1 + confidence) / 2, len(x) - 2)) * float(fit.stderr)
+    return Interval(float(fit.slope), float(fit.slope) - half, float(fit.slope) + half, len(x))

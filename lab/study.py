@@ -1,0 +1,232 @@
+"""A study: the experiments of a folder under one profile, from plan to verdicts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lab import records
+from lab.claims import Evidence, Experiment, Registry, Tier, Verdict, discover, judge
+from lab.errors import LabError
+from lab.params import Params, Profile, load_params
+from lab.records import Record
+from lab.specs import Comparison, Memory, Training, TrialSpec
+from lab.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Study:
+    """What params.yaml says under a profile, and the claims of this folder."""
+
+    params: Params
+    registry: Registry
+    workspace: Workspace
+
+    @classmethod
+    def load(cls, profile: str | None = None, root: Path | None = None) -> Study:
+        """Read params.yaml of the folder (the current one) and the experiments beside it, and check both.
+
+        Raises:
+            LabError: a mistake in either.
+        """
+        root = root or Path.cwd()
+        if str(root.resolve()) not in sys.path:
+            sys.path.insert(0, str(root.resolve()))
+        params = load_params(root / "params.yaml")
+        name = profile or params.profile
+        params.select(name)
+        registry = discover()
+        for each in params.profiles:
+            registry.check_profile(params.profiles[each], f"params.yaml: profiles.{each}")
+        return cls(params, registry, Workspace(root, name))
+
+    @property
+    def profile(self) -> Profile:
+        """The settings of the chosen profile."""
+        return self.params.select(self.workspace.profile)
+
+    @property
+    def tier(self) -> Tier:
+        """Where the profile's evidence comes from."""
+        return "gpu" if self.profile.device == "cuda" else "cpu"
+
+    def require_device(self) -> None:
+        """The profile's device is there.
+
+        Raises:
+            LabError: a CUDA profile without a CUDA GPU.
+        """
+        if self.profile.device != "cuda":
+            return
+        import torch
+
+        if not torch.cuda.is_available():
+            build = f"torch {torch.__version__}"
+            raise LabError(
+                f"profile '{self.workspace.profile}' needs a CUDA GPU; {build} finds none. "
+                "Choose --profile cpu, or install a CUDA build of torch on a machine with a GPU."
+            )
+
+    # Plan -------------------------------------------------------------------------------------------------------
+
+    def plan(self, experiment: Experiment) -> list[TrialSpec]:
+        """The trials of an experiment under the profile."""
+        return experiment.plan(self.profile, f"params.yaml: profiles.{self.workspace.profile}")
+
+    def check_names(self) -> None:
+        """Every model, method and task that the profile's trials name is known, and the recipe of `tiny` is right.
+
+        Needs no heavy import, so that a mistake in params.yaml shows at once, before anything is run.
+
+        Raises:
+            LabError: one is not; the message names the nearest that is.
+        """
+        from lab.base_models import tiny_recipe
+        from lab.corpus import task_examples
+        from lab.methods import method
+        from lab.models import check_model
+        from lab.params import parse
+
+        tiny_recipe(self.profile, self.workspace)
+        for settings in self._settings():
+            check_model(settings.model)
+            parse(method(settings.method).options, settings.method_options, f"method {settings.method}")
+        if self.params.data.source == "embedded":
+            for task in self.tasks():
+                task_examples(task, "test", 1, 0)
+
+    def write_plans(self) -> None:
+        """Write the specs of each experiment: what a training stage depends on instead of the experiment's file.
+
+        Raises:
+            LabError: a trial names something unknown; then no plan is written.
+        """
+        from lab.optimizers import check_optimizer
+
+        self.check_names()
+        for settings in self._settings():
+            check_optimizer(settings.optimizer)
+        for experiment in self.registry.experiments.values():
+            rows = [spec.model_dump(mode="json") for spec in self.plan(experiment)]
+            records.write_text(self.workspace.plan(experiment.name), json.dumps(rows, indent=1, sort_keys=True) + "\n")
+
+    def read_plan(self, name: str) -> list[TrialSpec]:
+        """The specs that the plan stage wrote."""
+        path = self.workspace.plan(name)
+        if not path.is_file():
+            raise LabError(f"{path} is missing. Run: dvc repro plan")
+        return [TrialSpec.model_validate(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+
+    def tasks(self) -> list[str]:
+        """The tasks that the profile's trials read."""
+        return sorted({settings.task for settings in self._settings() if isinstance(settings, Training)})
+
+    def _settings(self) -> Iterator[Training | Memory]:
+        for experiment in self.registry.experiments.values():
+            for spec in self.plan(experiment):
+                yield from _runs(spec)
+
+    # Judge ------------------------------------------------------------------------------------------------------
+
+    def evidence(self, experiment: str) -> tuple[list[Record], list[Path]]:
+        """The records of an experiment under the profile, and the paths of damaged ones."""
+        return records.read_records(self.workspace.results / experiment)
+
+    @cached_property
+    def verdicts(self) -> list[Verdict]:
+        """The verdict of every claim under the profile, computed from the records."""
+        found = []
+        for experiment in self.registry.experiments.values():
+            specs = self.plan(experiment)
+            names = {spec.name for spec in specs}
+            kept = [record for record in self.evidence(experiment.name)[0] if record.spec.name in names]
+            for claim in experiment.claims:
+                found.append(judge(experiment, claim, self.workspace.profile, self.tier, kept, len(specs)))
+        return found
+
+    def stale(self, experiment: Experiment) -> list[str]:
+        """Why the committed records of an experiment do not answer today's plan and code ([] if they do)."""
+        found, damaged = self.evidence(experiment.name)
+        by_name = {record.spec.name: record for record in found}
+        code = records.code_fingerprint(self.workspace.root)
+        reasons = [f"{path.name} is damaged" for path in damaged]
+        for spec in self.plan(experiment):
+            record = by_name.get(spec.name)
+            if record is None:
+                reasons.append(f"{spec.name} is missing")
+            elif record.spec != spec:
+                reasons.append(f"{spec.name} was measured with other settings")
+            elif record.provenance.code != code:
+                reasons.append(f"{spec.name} was measured with other code")
+        return reasons
+
+    def plots(self, experiment: Experiment) -> list[Path]:
+        """The plots of an experiment that have been drawn."""
+        paths = [self.workspace.results / "plots" / f"{plot.name}.svg" for plot in experiment.plots]
+        return [path for path in paths if path.is_file()]
+
+    def write_verdicts(self) -> None:
+        """Write verdicts.json, the metrics for DVC, and the plots."""
+        from lab.plots import draw
+
+        folder = self.workspace.results
+        rows = [dataclasses.asdict(verdict) for verdict in self.verdicts]
+        records.write_text(folder / "verdicts.json", json.dumps(tidy(rows), indent=1) + "\n")
+        metrics = {
+            v.claim: {"verdict": v.verdict, "effect": v.effect, "low": v.low, "high": v.high, "n": v.n}
+            for v in self.verdicts
+        }
+        records.write_text(folder / "metrics.json", json.dumps(tidy(metrics), indent=1) + "\n")
+        for experiment in self.registry.experiments.values():
+            evidence = Evidence(self.evidence(experiment.name)[0])
+            for plot in experiment.plots:
+                draw(plot, evidence, folder / "plots")
+
+
+def _runs(spec: TrialSpec) -> list[Training | Memory]:
+    settings = spec.settings
+    return [settings.first, settings.second] if isinstance(settings, Comparison) else [settings]
+
+
+def tidy(value: Any) -> Any:
+    """The same value as strict JSON takes it: infinities and NaN become null."""
+    if isinstance(value, dict):
+        return {key: tidy(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [tidy(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# Running the pipeline -------------------------------------------------------------------------------------------
+
+
+def set_profile(path: Path, profile: str) -> str:
+    """Name `profile` in params.yaml, leaving every other byte as it is; returns the text from before."""
+    before = path.read_text(encoding="utf-8")
+    after, count = re.subn(r"(?m)^profile:\s*\S+", f"profile: {profile}", before, count=1)
+    if not count:
+        raise LabError(
+            f"{path.name}: no line 'profile: ...' at the start of a line. Restore it: git checkout {path.name}"
+        )
+    if after != before:
+        records.write_text(path, after)
+    return before
+
+
+def reproduce(workspace: Workspace, force: bool = False) -> int:
+    """`dvc repro verdicts` with the profile of the workspace; params.yaml is put back afterwards."""
+    before = set_profile(workspace.params, workspace.profile)
+    try:
+        command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if force else [])]
+        return subprocess.run(command, cwd=workspace.root).returncode
+    finally:
+        records.write_text(workspace.params, before)

@@ -1,0 +1,379 @@
+"""Running the trials of an experiment: each in a process of its own, none twice, a crash costing that one alone."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from lab import records
+from lab.errors import LabError
+from lab.records import Provenance, Record, Status
+from lab.specs import TrialSpec
+from lab.workspace import Workspace
+
+PRELOAD = [
+    "lab.training",
+    "bitsandbytes",
+    "peft",
+    "transformers.optimization",
+    "transformers.models.llama.modeling_llama",
+]
+"""Imported once by the server from which trials are forked: 12 s that no trial pays again."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run of trials stands."""
+
+    done: int
+    total: int
+    seconds_left: float | None
+
+
+Report = Callable[[Record, Progress, bool], None]
+"""Called for each record, with whether it was already there."""
+
+
+def run_trials(
+    specs: Sequence[TrialSpec],
+    workspace: Workspace,
+    threads: int,
+    device: str,
+    report: Report,
+    warn: Callable[[str], None],
+) -> list[Record]:
+    """Run what has no valid record yet, write each record as it comes, and drop records that nobody plans any more.
+
+    Raises:
+        LabError: the results cannot be written, or a prepared model is missing.
+    """
+    if not specs:
+        return []
+    origin = Origin.now(workspace, specs, threads, device)
+    folder = workspace.results
+    found: dict[str, Record] = {}
+    for spec in specs:
+        path = records.record_path(folder, spec)
+        if path.is_file():
+            try:
+                record = records.read_record(path)
+            except LabError as error:
+                aside = records.set_aside(path)
+                warn(f"{error} It is now {aside.name}.")
+                continue
+            if records.reusable(record, spec, origin.code, origin.environment, origin.inputs(spec)):
+                found[spec.name] = record
+    _prune(folder / specs[0].experiment, {spec.name for spec in specs})
+    pending = [spec for spec in specs if spec.name not in found]
+    pace = _Pace(pending, threads)
+    for spec in specs:
+        if spec.name in found:
+            report(found[spec.name], Progress(len(found), len(specs), pace.seconds_left()), True)
+    for record in _run_all(pending, workspace, origin):
+        records.write_record(record, folder)
+        found[record.spec.name] = record
+        pace.done(record)
+        report(record, Progress(len(found), len(specs), pace.seconds_left()), False)
+    return [found[spec.name] for spec in specs]
+
+
+def _prune(folder: Path, planned: set[str]) -> None:
+    """Remove the records of trials that are in no plan any more: a judge must not see them."""
+    for path in folder.glob("*.json"):
+        if path.stem not in planned:
+            path.unlink()
+
+
+class _Pace:
+    """Estimates the time left: by the mean of finished trials of the same kind, models and method."""
+
+    def __init__(self, pending: Sequence[TrialSpec], threads: int):
+        self.pending = list(pending)
+        self.threads = threads
+        self.seen: dict[Any, list[float]] = {}
+
+    @staticmethod
+    def _group(spec: TrialSpec) -> tuple[str, ...]:
+        return (spec.settings.kind, *sorted(spec.models()), str(getattr(spec.settings, "method", "")))
+
+    def done(self, record: Record) -> None:
+        self.pending.remove(record.spec)
+        self.seen.setdefault(self._group(record.spec), []).append(record.provenance.seconds)
+
+    def seconds_left(self) -> float | None:
+        if not self.pending:
+            return 0.0
+        everything = [seconds for group in self.seen.values() for seconds in group]
+        if not everything:
+            return None
+        mean = sum(everything) / len(everything)
+        means = {group: sum(values) / len(values) for group, values in self.seen.items()}
+        # Trials of one thread run side by side: each takes its share of the machine's time.
+        shares = [means.get(self._group(s), mean) * min(1, s.threads / self.threads) for s in self.pending]
+        return sum(shares)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What every record of one run of trials has in common."""
+
+    commit: str
+    dirty: bool
+    code: str
+    environment: str
+    fingerprints: dict[str, str]
+    threads: int
+    device: str
+    device_memory_bytes: int
+
+    @classmethod
+    def now(cls, workspace: Workspace, specs: Sequence[TrialSpec], threads: int, device: str) -> Origin:
+        """The state of the tree, the installation and the prepared files."""
+        commit, dirty = records.git_state(workspace.root)
+        name, memory = records.describe_device(device)
+        prints = {}
+        for model in sorted({model for spec in specs for model in spec.models()}):
+            folder = workspace.model(model)
+            if model in ("smol", "tiny") and not (folder / "config.json").is_file():
+                raise LabError(f"model '{model}' is not prepared in {folder}. Run: dvc repro prepare_{_stage(model)}")
+            if folder.is_dir():
+                prints[model] = records.folder_fingerprint(folder)
+                prints |= _commit_of(folder, model)
+        if workspace.data.is_dir():
+            prints["data"] = records.folder_fingerprint(workspace.data)
+            prints |= _commit_of(workspace.data, "data")
+        return cls(
+            commit,
+            dirty,
+            records.code_fingerprint(workspace.root),
+            read_environment(workspace),
+            prints,
+            threads,
+            name,
+            memory,
+        )
+
+    def inputs(self, spec: TrialSpec) -> dict[str, str]:
+        """The fingerprints of the files that a trial reads."""
+        wanted = spec.models() | ({"data"} if spec.settings.kind != "memory" else set())
+        return {key: value for key, value in self.fingerprints.items() if key.split(" ")[0] in wanted}
+
+    def provenance(self, spec: TrialSpec, started: str, seconds: float) -> Provenance:
+        """The provenance of one record."""
+        python, platform = records.describe_python()
+        return Provenance(
+            commit=self.commit,
+            dirty=self.dirty,
+            code=self.code,
+            environment=self.environment,
+            inputs=self.inputs(spec),
+            versions=records.stack_versions(),
+            python=python,
+            platform=platform,
+            device=self.device,
+            device_memory_bytes=self.device_memory_bytes,
+            threads=spec.threads,
+            started=started,
+            seconds=round(seconds, 3),
+        )
+
+
+def _stage(model: str) -> str:
+    return "model" if model == "smol" else "tiny"
+
+
+def _commit_of(folder: Path, name: str) -> dict[str, str]:
+    """The hub commit that a prepared folder was resolved to, where it comes from the hub."""
+    path = folder / "source.json"
+    source = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {f"{name} commit": source["commit"]} if "commit" in source else {}
+
+
+def read_environment(workspace: Workspace) -> str:
+    """The id of this installation, as the `environment` stage wrote it."""
+    try:
+        return json.loads(workspace.environment.read_text(encoding="utf-8"))["id"]
+    except (OSError, ValueError, KeyError):
+        raise LabError(f"{workspace.environment} is missing or damaged. Run: dvc repro environment") from None
+
+
+# Processes ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Running:
+    """A trial under way in its own process."""
+
+    spec: TrialSpec
+    process: Any
+    receiver: Any
+    started_at: str
+    started: float
+
+    def finish(self, origin: Origin) -> Record:
+        """The record of the trial, whatever became of its process.
+
+        Raises:
+            LabError: the trial could not be run because of a user's mistake.
+        """
+        answer: dict[str, Any] = {}
+        with contextlib.suppress(EOFError, ConnectionError):
+            if self.receiver.poll(0):
+                answer = self.receiver.recv()
+        self.process.join()
+        if "error" in answer:
+            raise LabError(f"{self.spec.experiment}/{self.spec.name}: {answer['error']}")
+        if not answer:
+            answer = {"status": "failed", "message": _how_it_died(self.process.exitcode)}
+        provenance = origin.provenance(self.spec, self.started_at, time.perf_counter() - self.started)
+        return Record(spec=self.spec, provenance=provenance, **answer)
+
+
+def _run_all(specs: Sequence[TrialSpec], workspace: Workspace, origin: Origin) -> Iterator[Record]:
+    """Run trials in order, as many side by side as the threads allow; records come as trials end.
+
+    The processes are forked from a server that has imported the stack.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    waiting = list(specs)
+    running: list[_Running] = []
+    try:
+        while waiting or running:
+            free = origin.threads - sum(trial.spec.threads for trial in running)
+            # A trial that asks for more threads than there are runs alone.
+            if waiting and (waiting[0].threads <= free or not running):
+                running.append(_start(context, waiting.pop(0), workspace))
+                continue
+            ready = wait([end for trial in running for end in (trial.receiver, trial.process.sentinel)])
+            trial = next(t for t in running if t.receiver in ready or t.process.sentinel in ready)
+            running.remove(trial)
+            yield trial.finish(origin)
+    finally:
+        for trial in running:
+            trial.process.kill()
+            trial.process.join()
+
+
+def _start(context: Any, spec: TrialSpec, workspace: Workspace) -> _Running:
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_trial_process, args=(spec.model_dump_json(), workspace, sender), name=spec.name)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    running = _Running(spec, process, receiver, now, time.perf_counter())
+    process.start()
+    sender.close()
+    return running
+
+
+def _how_it_died(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        hint = " (often the kernel, when memory runs out)" if name == "SIGKILL" else ""
+        return f"the process was ended by {name}{hint}"
+    return f"the process ended with exit code {exitcode} and no answer"
+
+
+def _trial_process(spec_json: str, workspace: Workspace, sender: Any) -> None:
+    """The body of a trial's process: run, send figures, end."""
+    _end_with_parent()
+    # Ctrl-C is the parent's to handle: it ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import logging
+    import warnings
+
+    import torch
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger().setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    from lab.training import execute
+
+    spec = TrialSpec.model_validate_json(spec_json)
+    torch.set_num_threads(spec.threads)
+    try:
+        outcome = execute(spec.settings, workspace)
+        status: Status = "diverged" if outcome.diverged else "ok"
+        answer: dict[str, Any] = {
+            "status": status,
+            "message": outcome.diverged,
+            "figures": records.as_numbers(outcome.figures),
+            "series": {name: records.as_series(values) for name, values in outcome.series.items()},
+            "tags": outcome.tags,
+        }
+    except LabError as error:
+        answer = {"error": str(error)}
+    except Exception as error:
+        answer = {"status": "oom" if _is_out_of_memory(error) else "failed", "message": _last_line(error)}
+    sender.send(answer)
+    sender.close()
+
+
+def _end_with_parent() -> None:
+    """End this process when the study's process has gone, so that no trial goes on unseen."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _last_line(error: Exception) -> str:
+    import traceback
+
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first} ({Path(frame.filename).name}, line {frame.lineno})"
+
+
+# One study in a folder ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def study_lock(workspace: Workspace, name: str = "study") -> Iterator[None]:
+    """Held while a study (or, with another name, one of its stages) measures in a folder.
+
+    Raises:
+        LabError: another process holds it; the message says which.
+    """
+    path = workspace.lock(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("a+")
+    except OSError as error:
+        raise LabError(f"cannot write {path}: {error.strerror}. Make the folder writable, then start again.") from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            owner = handle.read().strip() or "unknown"
+            raise LabError(
+                f"a study already runs in {workspace.root.resolve()} (process {owner}). Wait for it, or end it: kill {owner}"
+            ) from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield

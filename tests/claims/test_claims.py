@@ -1,0 +1,52 @@
+"""The claims as tests: each is judged on the committed evidence, under every profile that has some."""
+
+from __future__ import annotations
+
+import pytest
+
+from lab.claims import Evidence
+from lab.study import Study
+from tests.conftest import ROOT
+
+PROFILES = [name for name in ("cpu", "full") if (ROOT / "results" / name).is_dir()]
+REGISTRY = Study.load("cpu", ROOT).registry
+
+
+@pytest.fixture(scope="module", params=PROFILES)
+def study(request: pytest.FixtureRequest) -> Study:
+    return Study.load(request.param, ROOT)
+
+
+@pytest.mark.parametrize("claim_id", list(REGISTRY.claims))
+def test_the_committed_evidence_gives_the_stated_verdict(claim_id: str, study: Study) -> None:
+    experiment, claim = REGISTRY.claims[claim_id]
+    profile = study.workspace.profile
+    renew = f"Renew it: make study PROFILE={profile}"
+    reasons = study.stale(experiment)
+    assert not reasons, f"results/{profile}/{experiment.name} is stale: {'; '.join(reasons[:3])}. {renew}"
+    verdict = next(v for v in study.verdicts if v.claim == claim_id)
+    stated = claim.stated.get(profile)
+    assert verdict.verdict == stated, (
+        f"{claim_id}: stated {stated}, judged {verdict.verdict}: effect {verdict.effect} [{verdict.low}, {verdict.high}] "
+        f"{verdict.unit}, n = {verdict.n}, threshold: {verdict.threshold}; {verdict.because}. {renew}"
+    )
+
+
+@pytest.mark.parametrize("claim_id", list(REGISTRY.claims))
+def test_a_planted_fault_changes_the_verdict(claim_id: str, study: Study) -> None:
+    experiment, claim = REGISTRY.claims[claim_id]
+    evidence = Evidence(study.evidence(experiment.name)[0])
+    verdict = claim.judge(evidence).verdict
+    answers = {name: claim.judge(change(evidence)).verdict for name, change in claim.controls.items()}
+    assert any(answer != verdict for answer in answers.values()), f"{claim_id} is {verdict}, and so are {answers}"
+
+
+@pytest.mark.parametrize("claim_id", list(REGISTRY.claims))
+def test_every_record_says_where_it_comes_from(claim_id: str, study: Study) -> None:
+    experiment, _ = REGISTRY.claims[claim_id]
+    for record in study.evidence(experiment.name)[0]:
+        origin = record.provenance
+        assert not origin.dirty, f"{record.spec.name} was measured from a dirty tree"
+        assert not origin.synthetic, f"{record.spec.name} is synthetic"
+        assert len(origin.commit) == 40
+        assert origin.versions["torch"] != "absent"

@@ -1,0 +1,68 @@
+"""What all tests share: the options, the folder of the project, and the verdict table at the end."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from tests.hub_endpoint import hub
+
+__all__ = ["hub"]
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="fail, rather than skip, where a test needs a GPU")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # The long study last: a broken unit shows first.
+    items.sort(key=lambda item: item.get_closest_marker("study") is not None)
+
+
+def cuda_found() -> str | None:
+    """The CUDA device here, or None."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and cuda_found() is None:
+        reason = "needs a CUDA GPU with 8 GiB; found none"
+        if item.config.getoption("--require-gpu"):
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The project's folder."""
+    return ROOT
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not any("tests/claims" in key for key in _test_ids(terminalreporter)):
+        return
+    from rich.console import Console
+
+    from lab.progress import verdict_table
+    from lab.study import Study
+
+    found = [
+        verdict
+        for name in ("cpu", "full")
+        if (ROOT / "results" / name).is_dir()
+        for verdict in Study.load(name, ROOT).verdicts
+    ]
+    text = io.StringIO()
+    verdict_table(found, Console(file=text, width=150, no_color=True))
+    terminalreporter.write_sep("=", "verdicts on the committed evidence")
+    terminalreporter.write_line(text.getvalue())
+
+
+def _test_ids(reporter: pytest.TerminalReporter) -> list[str]:
+    return [getattr(report, "nodeid", "") for reports in reporter.stats.values() for report in reports]

@@ -1,0 +1,136 @@
+"""The parts of the project agree: dvc.yaml, the registry, the code fingerprint, the imports."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lab import records
+from lab.claims import discover
+from tests.conftest import ROOT
+
+REGISTRY = discover()
+NAMES = set(REGISTRY.experiments)
+STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+HEAVY = ("torch", "transformers", "mlflow", "dvc", "peft", "datasets", "bitsandbytes", "scipy", "matplotlib")
+
+
+def paths(entries: list[Any]) -> list[str]:
+    """The paths of a stage's deps or outs, whose entries are strings or mappings of one key."""
+    return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+
+
+def named(entries: list[Any], pattern: str) -> list[str]:
+    return [found[1] for path in paths(entries) if (found := re.fullmatch(pattern, path))]
+
+
+# dvc.yaml -------------------------------------------------------------------------------------------------------
+
+
+def test_every_experiment_is_a_stage_a_plan_and_a_reason_to_judge_again() -> None:
+    trials, plan, verdicts = STAGES["trials"], STAGES["plan"], STAGES["verdicts"]
+    results = r"results/\$\{profile\}/(\w+)"
+    for listed in (
+        trials["foreach"],
+        named(plan["outs"], r"build/\$\{profile\}/plan/(\w+)\.json"),
+        named(verdicts["deps"], results),
+    ):
+        assert sorted(listed) == sorted(NAMES)
+
+
+def test_a_training_stage_depends_on_the_code_that_the_fingerprint_reads_and_on_no_other() -> None:
+    listed = {path.removeprefix("lab/") for path in paths(STAGES["trials"]["do"]["deps"]) if path.startswith("lab/")}
+    read = {path.relative_to(ROOT / "lab").as_posix() for path in records.numeric_files(ROOT)}
+    assert "evaluation.py" in read
+    uncovered = {name for name in read if not any(name == path or name.startswith(f"{path}/") for path in listed)}
+    assert not uncovered, "in records.NUMERIC_SOURCES, but no dep of the stage `trials`"
+    unread = {path for path in listed if not any(name == path or name.startswith(f"{path}/") for name in read)}
+    assert not unread, "a dep of the stage `trials`, but not in records.NUMERIC_SOURCES"
+
+
+def test_what_a_trial_imports_of_the_library_is_in_the_fingerprint_or_cannot_change_a_number() -> None:
+    harmless = {"errors.py", "params.py", "workspace.py", "__init__.py", "memory/__init__.py"}
+    script = "import json, sys, lab.training; print(json.dumps([m for m in sys.modules if m.split('.')[0] == 'lab']))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    modules = json.loads(done.stdout.splitlines()[-1])
+    files = {Path(*m.split(".")[1:]) for m in modules}
+    found = {
+        f"{name}.py" if (ROOT / "lab" / f"{name}.py").is_file() else (name / "__init__.py").as_posix() for name in files
+    }
+    read = {path.relative_to(ROOT / "lab").as_posix() for path in records.numeric_files(ROOT)}
+    assert found <= read | harmless
+
+
+def test_a_training_stage_does_not_depend_on_its_experiment_s_file() -> None:
+    assert not [path for path in paths(STAGES["trials"]["do"]["deps"]) if path.startswith("experiments")]
+
+
+def test_no_parameter_has_a_name_that_dvc_leaves_out_of_its_hash() -> None:
+    def keys(value: Any) -> set[str]:
+        if isinstance(value, dict):
+            return set(map(str, value)).union(*map(keys, value.values()))
+        return set().union(*map(keys, value)) if isinstance(value, list) else set()
+
+    assert not keys(yaml.safe_load((ROOT / "params.yaml").read_text())) & {"size", "nfiles"}
+
+
+# Imports --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", ["lab", "lab.cli", "lab.study", "experiments"])
+def test_importing_the_library_is_light(module: str) -> None:
+    script = f"""
+import json, sys, time
+start = time.perf_counter()
+import {module}
+print(json.dumps([time.perf_counter() - start, [name for name in {HEAVY!r} if name in sys.modules]]))
+"""
+    # The best of three: another process may hold the processor during one of them.
+    runs = [subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT, check=True) for _ in range(3)]
+    answers = [json.loads(done.stdout) for done in runs]
+    assert min(seconds for seconds, _ in answers) < 1
+    assert [heavy for _, heavy in answers] == [[], [], []]
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", sources("lab"), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_library_knows_no_experiment(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        assert not [name for name in names if name.split(".")[0] == "experiments"], f"line {getattr(node, 'lineno', 0)}"
+
+
+# Experiments ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_an_experiment_opens_with_claim_refutation_control_and_how_to_run_it(name: str) -> None:
+    text = ast.get_docstring(ast.parse((ROOT / "experiments" / f"{name}.py").read_text())) or ""
+    first = text.splitlines()[0]
+    assert first.rstrip().endswith(("?", ".", "!"))
+    for word in ("Claim", "Refuted", "Control"):
+        assert re.search(rf"(?m)^{word}s? +\S", text), f"no line '{word}'"
+    assert re.search(rf"(?m)^Run +lab run {name} --profile cpu$", text)
+    for claim in REGISTRY.experiments[name].claims:
+        assert claim.id in text
+
+
+def test_the_file_of_an_experiment_has_its_name_and_every_file_has_one() -> None:
+    files = {path.stem for path in sources("experiments")} - {"__init__"}
+    assert files == NAMES
+    claims = [claim.id for experiment in REGISTRY.experiments.values() for claim in experiment.claims]
+    assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)+", claim) for claim in claims)
+    plots = [plot.name for experiment in REGISTRY.experiments.values() for plot in experiment.plots]
+    assert len(set(plots)) == len(plots)
