@@ -223,10 +223,25 @@ def set_profile(path: Path, profile: str) -> str:
 
 
 def reproduce(workspace: Workspace, force: bool = False) -> int:
-    """`dvc repro verdicts` with the profile of the workspace; params.yaml is put back afterwards."""
+    """`dvc repro` with the profile of the workspace; params.yaml is put back afterwards.
+
+    The text from before lies in `.lab` meanwhile, so that a study which was killed is put right by the next one.
+    """
+    kept = workspace.lock("study").with_name("params.before.yaml")
+    if kept.is_file():
+        left = kept.read_text(encoding="utf-8")
+        now = workspace.params.read_text(encoding="utf-8")
+        if _without_profile(left) == _without_profile(now):
+            records.write_text(workspace.params, left)
+    records.write_text(kept, workspace.params.read_text(encoding="utf-8"))
     before = set_profile(workspace.params, workspace.profile)
     try:
         command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if force else [])]
         return subprocess.run(command, cwd=workspace.root).returncode
     finally:
         records.write_text(workspace.params, before)
+        kept.unlink()
+
+
+def _without_profile(text: str) -> str:
+    return re.sub(r"(?m)^profile:.*$", "", text, count=1)
