@@ -169,7 +169,7 @@ def capital_facts() -> list[Fact]:
     return facts
 
 
-def english_prose(documents: int = 12, characters: int = 600) -> list[str]:
+def english_prose(documents: int = 6, characters: int = 600) -> list[str]:
     """Real English prose that ships with Python: the opening of the longest entries of its language reference."""
     from pydoc_data.topics import topics
 

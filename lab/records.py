@@ -31,7 +31,7 @@ NUMERIC_SOURCES = (
     "corpus.py",
     "data.py",
     "evaluation.py",
-    "memory/ledger.py",
+    "memory",
     "methods",
     "models.py",
     "optimizers.py",

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from lab import data, evaluation
 from lab.corpus import general_prose
 from lab.evaluation import Row
-from lab.memory import ledger
+from lab.memory import ledger, measurement
 from lab.methods import apply_method, closed_form, count_parameters
 from lab.models import load_model, load_tokenizer
 from lab.optimizers import MasterWeightAdamW, check_optimizer
@@ -347,11 +347,11 @@ def measure_memory(settings: Memory, workspace: Workspace) -> Outcome:
             trainer.create_optimizer()
             for group in trainer.optimizer.param_groups:
                 group["foreach"] = settings.step == "foreach"
-            outcome.figures |= _memory_figures(ledger.measure(trainer), model)
+            outcome.figures |= _memory_figures(measurement.measure(trainer), model)
     return outcome
 
 
-def _memory_figures(measured: ledger.Measurement, model: Any) -> dict[str, Any]:
+def _memory_figures(measured: measurement.Measurement, model: Any) -> dict[str, Any]:
     """The measurement as flat figures; optimizer state also by the kind of tensor that it belongs to."""
     forward, step = measured.end_of_forward, measured.step_start
     figures: dict[str, Any] = {

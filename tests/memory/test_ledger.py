@@ -16,18 +16,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from lab.errors import LabError
-from lab.memory import ledger as module
-from lab.memory.ledger import (
-    Ledger,
-    Measurement,
-    gradients,
-    held_bytes,
-    measure,
-    parameter_counts,
-    tensors_in,
-    watch,
-    weights,
-)
+from lab.memory import ledger as ledger_module
+from lab.memory import measurement
+from lab.memory.ledger import Ledger, gradients, held_bytes, tensors_in, weights
+from lab.memory.measurement import Measurement, measure, parameter_counts, watch
 
 FLOAT, LONG = 4, 8
 
@@ -165,7 +157,7 @@ def test_counting_each_tensor_is_told_apart(
     def by_tensor(tensors: Iterable[Tensor]) -> dict[int, Any]:
         return {id(tensor) + number: tensor.untyped_storage() for number, tensor in enumerate(tensors)}
 
-    monkeypatch.setattr(module, "storages_of", by_tensor)
+    monkeypatch.setattr(ledger_module, "storages_of", by_tensor)
     with pytest.raises(AssertionError):
         check(Ledger)
 
@@ -447,7 +439,7 @@ def test_pure_bf16_holds_2_2_and_4_bytes_per_parameter(tmp_path: Path) -> None:
 def test_a_faulty_measurement_is_told_apart(
     fault: type[Ledger], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "Ledger", fault)
+    monkeypatch.setattr(measurement, "Ledger", fault)
     model = tiny_llama()
     found = measure(trainer_for(model, tmp_path))
     with pytest.raises(AssertionError):

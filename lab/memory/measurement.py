@@ -1,0 +1,231 @@
+"""The memory of one update: a ledger around an unchanged `Trainer`, with its phases marked by hooks.
+
+`measure(trainer)` runs the few updates that the Trainer is configured for and says, for the last one, how high each
+phase rose and what held the bytes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, UntypedStorage, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from lab.errors import LabError
+from lab.memory.ledger import (
+    Ledger,
+    Parts,
+    gradients,
+    inner_optimizer,
+    optimizer_tensors,
+    storages_of,
+    tensors_in,
+    weights,
+)
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+class Watch:
+    """What `watch` saw; each figure is of the latest time that the moment came.
+
+    Attributes:
+        end_of_forward: when the model's forward returned, its output still alive; None before.
+        step_start: when the optimizer's step began, gradients complete; None before, and after `clear`.
+    """
+
+    def __init__(self, ledger: Ledger, model: nn.Module, optimizer: Optimizer) -> None:
+        self.ledger, self.model, self.optimizer = ledger, model, inner_optimizer(optimizer)
+        self.clear()
+
+    def clear(self) -> None:
+        """Start an update: forget the moments, the inputs and the peaks."""
+        self.end_of_forward: Parts | None = None
+        self.step_start: Parts | None = None
+        self._inputs: list[weakref.ref[UntypedStorage]] = []
+        self._forward_births = self._head_births = 0
+        self.ledger.reset()
+
+    def parts(self, logits: Iterable[UntypedStorage] = (), activations_since: int | None = None) -> Parts:
+        """What is live now; see `Ledger.divide`."""
+        return self.ledger.divide(
+            activations_since,
+            weights=storages_of(weights(self.model)).values(),
+            gradients=storages_of(gradients(self.model)).values(),
+            optimizer_state=storages_of(optimizer_tensors(self.optimizer)).values(),
+            inputs=[storage for reference in self._inputs if (storage := reference()) is not None],
+            logits=logits,
+        )
+
+    def _before_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.is_grad_enabled():
+            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self.ledger.adopt(inputs)
+            self._inputs += [weakref.ref(storage) for storage in storages_of(inputs).values()]
+            self._forward_births, self._head_births = self.ledger.births, 0
+            self.ledger.enter_phase("forward")
+
+    def _before_head(self, *_: Any) -> None:
+        self._head_births = self.ledger.births
+
+    def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+            claim = list(storages_of(tensors_in(logits)).values())
+            if isinstance(logits, Tensor) and self._head_births:
+                claim += self.ledger.born_since(self._head_births, logits.shape[-1])
+            self.end_of_forward = self.parts(claim, self._forward_births)
+
+    def _before_step(self, *_: Any) -> None:
+        self.step_start = self.parts()
+        self.ledger.enter_phase("step")
+
+    def _after_step(self, *_: Any) -> None:
+        self.ledger.enter_phase("idle")
+
+
+@contextmanager
+def watch(ledger: Ledger, model: nn.Module, optimizer: Optimizer) -> Iterator[Watch]:
+    """Mark the phases forward, backward, step and idle in the ledger by hooks, until the block ends.
+
+    Forward lasts from the model's pre-hook to the first operator of the autograd engine, so a loss outside
+    the model belongs to it; a pass without gradients belongs to idle, a checkpoint's replay to backward.
+    """
+    seen = Watch(ledger, model, optimizer)
+    find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find_head()
+    with ExitStack() as stack:
+        for handle in (
+            model.register_forward_pre_hook(seen._before_forward, with_kwargs=True),
+            model.register_forward_hook(seen._after_forward),
+            seen.optimizer.register_step_pre_hook(seen._before_step),
+            seen.optimizer.register_step_post_hook(seen._after_step),
+            *([head.register_forward_pre_hook(seen._before_head)] if head is not None else []),
+        ):
+            stack.callback(handle.remove)
+        stack.callback(setattr, ledger, "follows_autograd", ledger.follows_autograd)
+        ledger.follows_autograd = True
+        yield seen
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Memory of one update, in bytes.
+
+    Attributes:
+        peaks: highest live bytes of forward, backward, step and idle.
+        end_of_forward: of the last micro-batch, the model's output still alive.
+        step_start: gradients complete, the step not begun.
+        steady: after the update, gradients released.
+        gradients_between: gradients held after each micro-batch but the last.
+        optimizer_state_by_parameter: "shared" is what several parameters use (tables of 8-bit optimizers).
+        step_temporary: how far the step rises above what was live when it began.
+        parameters: `total` (ties once, 4-bit ones unpacked), `trainable`, `stored` (4-bit ones packed).
+        allocator_peaks: on CUDA, allocated and reserved bytes by phase.
+    """
+
+    peaks: dict[str, int]
+    end_of_forward: Parts
+    step_start: Parts
+    steady: Parts
+    gradients_between: tuple[int, ...]
+    optimizer_state_by_parameter: dict[str, int]
+    step_temporary: int
+    parameters: dict[str, int]
+    allocator_peaks: dict[str, tuple[int, int]]
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that rises highest."""
+        return max(self.peaks, key=self.peaks.__getitem__)
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Elements of the distinct parameters; see `Measurement.parameters`."""
+    unpacked = {p: getattr(getattr(p, "quant_state", None), "shape", None) or p.shape for p in model.parameters()}
+    return {
+        "total": sum(shape.numel() for shape in unpacked.values()),
+        "trainable": sum(p.numel() for p in unpacked if p.requires_grad),
+        "stored": sum(p.numel() for p in unpacked),
+    }
+
+
+def optimizer_state_by_parameter(ledger: Ledger, model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
+    """Bytes of optimizer state of each parameter, and under "shared" of what several parameters use."""
+    state = inner_optimizer(optimizer).state
+    owned = {name: storages_of(tensors_in(state[p])) for name, p in model.named_parameters() if p in state}
+    users = Counter(key for storages in owned.values() for key in storages)
+    entries = ledger._entries
+    sizes = {name: sum(entries[k].size for k in ks if users[k] == 1 and k in entries) for name, ks in owned.items()}
+    shared = sum(entries[key].size for key, count in users.items() if count > 1 and key in entries)
+    return sizes | ({"shared": shared} if shared else {})
+
+
+def measure(trainer: Trainer, round_to: int | None = None) -> Measurement:
+    """Run `trainer.train()` and account for the memory of its last update.
+
+    Args:
+        trainer: configured for two updates or more: the optimizer's state exists only from the second on.
+        round_to: see `Ledger`; 512 on CUDA and 1 elsewhere unless told.
+    Raises:
+        LabError: fewer than two updates, or more than one device.
+    """
+    from transformers import TrainerCallback
+
+    if trainer.args.n_gpu > 1:
+        raise LabError(f"measure: {trainer.args.n_gpu} GPUs; the ledger counts one. Set CUDA_VISIBLE_DEVICES=0.")
+    device = trainer.args.device.type
+    ledger = Ledger(round_to or (512 if device == "cuda" else 1), device)
+    updates: list[Measurement] = []
+
+    class Moments(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            ledger.adopt(optimizer_tensors(inner_optimizer(kwargs["optimizer"])))
+            self.seen = stack.enter_context(watch(ledger, trainer.model, kwargs["optimizer"]))
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.seen.clear()
+            self.gradients_between: list[int] = []
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.gradients_between.append(ledger.bytes_of(gradients(trainer.model)))
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen = self.seen
+            if seen.end_of_forward is None or seen.step_start is None:  # an fp16 overflow skipped the step
+                return
+            updates.append(
+                Measurement(
+                    peaks=dict(ledger.peaks),
+                    end_of_forward=seen.end_of_forward,
+                    step_start=seen.step_start,
+                    steady=seen.parts(),
+                    gradients_between=tuple(self.gradients_between),
+                    optimizer_state_by_parameter=optimizer_state_by_parameter(ledger, trainer.model, seen.optimizer),
+                    step_temporary=ledger.peaks["step"] - seen.step_start.total,
+                    parameters=parameter_counts(trainer.model),
+                    allocator_peaks=dict(ledger.allocator_peaks),
+                )
+            )
+
+    moments = Moments()
+    ledger.adopt(weights(trainer.model))
+    ledger.adopt(gradients(trainer.model))
+    with ExitStack() as stack, ledger:
+        trainer.add_callback(moments)
+        stack.callback(trainer.remove_callback, moments)
+        trainer.train()
+    if len(updates) < 2:
+        raise LabError(
+            f"measure: {len(updates)} complete update(s); it takes 2 before the optimizer's state is there. "
+            "Set max_steps to 2 or more."
+        )
+    return updates[-1]
