@@ -221,9 +221,14 @@ def _is_text(node: ast.AST) -> bool:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """A hash of a folder's file names and bytes (of a model, or of the data)."""
+    """A hash of a folder's file names and bytes."""
+    return files_fingerprint(folder, (path for path in folder.rglob("*") if path.is_file()))
+
+
+def files_fingerprint(folder: Path, files: Iterable[Path]) -> str:
+    """A hash of the names, below `folder`, and the bytes of some files."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(files):
         digest.update(f"{path.relative_to(folder)}\n".encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

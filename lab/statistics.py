@@ -91,6 +91,8 @@ def exponent(x: Sequence[float], y: Sequence[float], confidence: float = CONFIDE
 
     if len(x) < 3 or min(*x, *y) <= 0:
         raise ValueError(f"an exponent needs three positive points, got {list(zip(x, y, strict=True))}")
+    if min(y) == max(y):  # scipy divides by their spread
+        return Interval(0.0, 0.0, 0.0, len(x))
     fit = stats.linregress([math.log(v) for v in x], [math.log(v) for v in y])
     half = float(stats.t.ppf((1 + confidence) / 2, len(x) - 2)) * float(fit.stderr)
     return Interval(float(fit.slope), float(fit.slope) - half, float(fit.slope) + half, len(x))

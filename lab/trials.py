@@ -20,7 +20,7 @@ from typing import Any
 from lab import records
 from lab.errors import LabError
 from lab.records import Provenance, Record, Status
-from lab.specs import TrialSpec
+from lab.specs import Comparison, Training, TrialSpec
 from lab.workspace import Workspace
 
 PRELOAD = [
@@ -151,9 +151,9 @@ class Origin:
             if folder.is_dir():
                 prints[model] = records.folder_fingerprint(folder)
                 prints |= _commit_of(folder, model)
-        if workspace.data.is_dir():
-            prints["data"] = records.folder_fingerprint(workspace.data)
-            prints |= _commit_of(workspace.data, "data")
+        for task in sorted({task for spec in specs for task in _tasks(spec)}):
+            prints[f"task {task}"] = records.files_fingerprint(workspace.data, workspace.data.glob(f"{task}-*.jsonl"))
+        prints |= _commit_of(workspace.data, "data")
         return cls(
             commit,
             dirty,
@@ -167,8 +167,10 @@ class Origin:
 
     def inputs(self, spec: TrialSpec) -> dict[str, str]:
         """The fingerprints of the files that a trial reads."""
-        wanted = spec.models() | ({"data"} if spec.settings.kind != "memory" else set())
-        return {key: value for key, value in self.fingerprints.items() if key.split(" ")[0] in wanted}
+        tasks = _tasks(spec)
+        wanted = spec.models() | ({"data"} if tasks else set())
+        found = {key: value for key, value in self.fingerprints.items() if key.split(" ")[0] in wanted}
+        return found | ({"data": "+".join(self.fingerprints[f"task {task}"] for task in tasks)} if tasks else {})
 
     def provenance(self, spec: TrialSpec, started: str, seconds: float) -> Provenance:
         """The provenance of one record."""
@@ -188,6 +190,13 @@ class Origin:
             started=started,
             seconds=round(seconds, 3),
         )
+
+
+def _tasks(spec: TrialSpec) -> list[str]:
+    """The tasks that a trial reads."""
+    settings = spec.settings
+    runs = (settings.first, settings.second) if isinstance(settings, Comparison) else (settings,)
+    return sorted({run.task for run in runs if isinstance(run, Training)})
 
 
 def _stage(model: str) -> str:

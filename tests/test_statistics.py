@@ -93,3 +93,7 @@ def test_two_points_give_no_exponent() -> None:
 
 def test_a_span_is_smallest_and_largest() -> None:
     assert span([2.0, 4.0]) == Interval(3.0, 2.0, 4.0, 2)
+
+
+def test_what_does_not_grow_has_the_exponent_zero() -> None:
+    assert exponent([1.0, 2.0, 4.0], [5.0, 5.0, 5.0]) == Interval(0.0, 0.0, 0.0, 3)
