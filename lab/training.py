@@ -111,9 +111,8 @@ class _Exam:
         if not settings.evaluations:
             return
         for split in ("validation", "test"):
-            self.questions[split] = evaluation.example_rows(
-                tokenizer, data.load_task(workspace.data, settings.task, split)
-            )
+            examples = data.load_task(workspace.data, settings.task, split)[: settings.questions]
+            self.questions[split] = evaluation.example_rows(tokenizer, examples)
         self.facts = read_facts(workspace.model(settings.model))
         tiny = settings.model == "tiny"
         self.prose = general_prose(HELD_OUT_STORIES, 0, "test") if tiny else data.english_prose()
@@ -165,9 +164,13 @@ class _Run:
             self.seconds = time.perf_counter() - started
 
     def diverged(self) -> str:
-        """Why the run counts as diverged, or an empty string."""
-        if not all(math.isfinite(loss) for loss in self.losses):
-            return f"the loss is not finite after update {next(i for i, v in enumerate(self.losses) if not math.isfinite(v)) + 1}"
+        """Why the run counts as diverged, or an empty string: a loss that is no number, or far above a blind guess."""
+        for update, loss in enumerate(self.losses, start=1):
+            if not math.isfinite(loss):
+                return f"the loss is not finite after update {update}"
+        guess = math.log(self.model.config.vocab_size)
+        if self.losses and self.losses[-1] > 3 * guess:
+            return f"the loss ends at {self.losses[-1]:.0f}; guessing any token alike would give {guess:.1f}"
         return ""
 
     def data_order(self) -> str:
