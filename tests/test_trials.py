@@ -17,8 +17,8 @@ import pytest
 from lab import records
 from lab.errors import LabError
 from lab.records import Record
-from lab.specs import Memory, TrialSpec
-from lab.trials import Progress, run_trials, study_lock
+from lab.specs import Memory, Training, TrialSpec
+from lab.trials import Origin, Progress, run_trials, study_lock
 from lab.workspace import Workspace
 from tests.conftest import ROOT
 
@@ -109,6 +109,23 @@ def test_a_users_mistake_in_a_trial_is_no_record(workspace: Workspace) -> None:
     with pytest.raises(LabError, match=r"unknown target module 'query'.*q_proj"):
         run([spec("a", method="lora", method_options={"targets": ["query"]})], workspace)
     assert not (workspace.results / "memory_formulas" / "a.json").exists()
+
+
+def test_new_examples_of_one_task_leave_the_records_of_another_valid(workspace: Workspace) -> None:
+    workspace.data.mkdir(parents=True)
+    for task in ("aiw", "gcd"):
+        (workspace.data / f"{task}-train.jsonl").write_text(task)
+    training = Training(model="llama-6m", task="aiw", updates=1)
+    trained = TrialSpec(experiment="e", name="a", arm="a", settings=training)
+
+    def data_print() -> str:
+        return Origin.now(workspace, [trained], 1, "cpu").inputs(trained)["data"]
+
+    before = data_print()
+    (workspace.data / "gcd-train.jsonl").write_text("other")
+    assert data_print() == before
+    (workspace.data / "aiw-train.jsonl").write_text("other")
+    assert data_print() != before
 
 
 def test_a_killed_trial_costs_that_trial_alone(workspace: Workspace) -> None:
