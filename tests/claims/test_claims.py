@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from lab.claims import Evidence
@@ -50,3 +52,21 @@ def test_every_record_says_where_it_comes_from(claim_id: str, study: Study) -> N
         assert not origin.synthetic, f"{record.spec.name} is synthetic"
         assert len(origin.commit) == 40
         assert origin.versions["torch"] != "absent"
+
+
+def test_evidence_is_there_for_the_default_profile() -> None:
+    assert "cpu" in PROFILES, "results/cpu is missing. Measure it: make study"
+
+
+def test_the_written_verdicts_are_those_of_the_records(study: Study) -> None:
+    folder = study.workspace.results
+    written = {row["claim"]: row["verdict"] for row in json.loads((folder / "verdicts.json").read_text())}
+    judged = {verdict.claim: verdict.verdict for verdict in study.verdicts}
+    assert written == judged, f"{folder}/verdicts.json is older than the records or the judges. Run: dvc repro verdicts"
+
+
+def test_the_readme_shows_the_verdicts_of_the_default_profile() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for verdict in Study.load("cpu", ROOT).verdicts:
+        row = f"| `{verdict.claim}` | {verdict.verdict} |"
+        assert row in readme, f"README.md has no row '{row}'"
