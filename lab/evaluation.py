@@ -86,12 +86,15 @@ def score(model: Any, rows: Sequence[Row]) -> list[Score]:
 def _head_only_at(model: Any, asked: Any) -> Iterator[None]:
     """Compute logits `(asked, vocabulary)` for the asked positions alone: the head is half the cost of a small model.
 
+    Virtual tokens, which a method puts in front, are passed over.
+
     Args:
         asked: bool `(rows, tokens - 1)`, true where the next token is asked for.
     """
+    tokens = asked.shape[1] + 1
 
     def select(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (inputs[0][:, :-1][asked], *inputs[1:])
+        return (inputs[0][:, -tokens:-1][asked], *inputs[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:

@@ -84,7 +84,7 @@ def number(value: float | None) -> str:
 
 def verdict_table(found: Sequence[Verdict], console: Console | None = None) -> None:
     """Claim, verdict, effect with interval, n, one line of advice; a table for each profile."""
-    console = console or Console()
+    console = console or _console()
     for profile in dict.fromkeys(verdict.profile for verdict in found):
         table = Table(title=f"Verdicts, profile {profile}", title_justify="left", show_lines=True)
         for column in ("claim", "verdict", "effect [interval]", "n", "advice"):
@@ -99,6 +99,12 @@ def verdict_table(found: Sequence[Verdict], console: Console | None = None) -> N
                 verdict.advice,
             )
         console.print(table)
+
+
+def _console() -> Console:
+    """The terminal, or, where the output goes to a file, a page wide enough for the table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=150)
 
 
 def effect(verdict: Verdict) -> str:

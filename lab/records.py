@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lab.errors import LabError
+from lab.runners import RUNNERS
 from lab.specs import TrialSpec
 
 Status = Literal["ok", "oom", "diverged", "failed"]
@@ -27,20 +28,8 @@ Status = Literal["ok", "oom", "diverged", "failed"]
 STACK = ("torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "numpy")
 """The packages whose version can change a number."""
 
-NUMERIC_SOURCES = (
-    "corpus.py",
-    "data.py",
-    "evaluation.py",
-    "memory",
-    "methods",
-    "models.py",
-    "optimizers.py",
-    "pretraining.py",
-    "shapes",
-    "specs.py",
-    "training.py",
-)
-"""The files of `lab/` that can change a number; dvc.yaml names the same (a test compares them)."""
+DECLARATIONS = ("lab", "lab.errors", "lab.params", "lab.records", "lab.runners", "lab.specs", "lab.workspace")
+"""Modules that cannot change a number: what they say is in the spec, a message or a path."""
 
 
 class Provenance(BaseModel):
@@ -189,22 +178,38 @@ def reusable(record: Record, spec: TrialSpec, code: str, environment: str, input
 
 
 @lru_cache
-def code_fingerprint(root: Path) -> str:
-    """A hash of what the numeric sources do: their syntax trees without docstrings, so a comment costs no rerun."""
+def code_fingerprint(root: Path, kind: str) -> str:
+    """A hash of the code that a kind of trial runs: its syntax trees without docstrings, so a comment costs no rerun."""
     digest = hashlib.sha256()
-    for path in numeric_files(root):
-        text = path.read_text(encoding="utf-8")
-        digest.update(f"{path.name}\n{_meaning(text) if path.suffix == '.py' else text}\n".encode())
+    for path in numeric_files(root, RUNNERS[kind].split(":")[0]):
+        digest.update(f"{path.name}\n{_meaning(path.read_text(encoding='utf-8'))}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def numeric_files(root: Path) -> list[Path]:
-    """The files behind NUMERIC_SOURCES: Python, and the configurations of bundled models."""
-    files: list[Path] = []
-    for name in NUMERIC_SOURCES:
-        path = root / "lab" / name
-        files.extend(sorted(p for p in path.rglob("*") if p.suffix in (".py", ".json")) if path.is_dir() else [path])
-    return files
+def numeric_files(root: Path, module: str) -> list[Path]:
+    """The files of `module` and of all that it imports of the library, at whatever depth, but for DECLARATIONS."""
+    found: dict[str, Path] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = _module_file(root, name)
+        if path is None or name in found or name in DECLARATIONS:
+            continue
+        found[name] = path
+        waiting.append(name.rpartition(".")[0])
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                waiting += [alias.name for alias in node.names]
+    return sorted(found.values())
+
+
+def _module_file(root: Path, name: str) -> Path | None:
+    if name.split(".")[0] != "lab":
+        return None
+    path = root.joinpath(*name.split("."))
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
 
 
 def _meaning(source: str) -> str:

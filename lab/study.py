@@ -20,6 +20,7 @@ from lab.errors import LabError
 from lab.params import Params, Profile, load_params
 from lab.records import Record
 from lab.specs import Comparison, Memory, Training, TrialSpec
+from lab.trials import shape_fingerprint
 from lab.workspace import Workspace
 
 
@@ -157,7 +158,6 @@ class Study:
         """Why the committed records of an experiment do not answer today's plan and code ([] if they do)."""
         found, damaged = self.evidence(experiment.name)
         by_name = {record.spec.name: record for record in found}
-        code = records.code_fingerprint(self.workspace.root)
         reasons = [f"{path.name} is damaged" for path in damaged]
         for spec in self.plan(experiment):
             record = by_name.get(spec.name)
@@ -165,8 +165,10 @@ class Study:
                 reasons.append(f"{spec.name} is missing")
             elif record.spec != spec:
                 reasons.append(f"{spec.name} was measured with other settings")
-            elif record.provenance.code != code:
+            elif record.provenance.code != records.code_fingerprint(self.workspace.root, spec.settings.kind):
                 reasons.append(f"{spec.name} was measured with other code")
+            elif any(shape_fingerprint(m) not in (None, record.provenance.inputs.get(m)) for m in spec.models()):
+                reasons.append(f"{spec.name} was measured on another shape")
         return reasons
 
     def plots(self, experiment: Experiment) -> list[Path]:

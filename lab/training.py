@@ -1,4 +1,4 @@
-"""One trial: spec in, figures out. Training runs through the transformers Trainer, tuning methods through PEFT.
+"""The trials that train: spec in, figures out. Training runs through the transformers Trainer, tuning methods through PEFT.
 
 A trial is a plain function of its settings and of the prepared files: seeds are set here, nothing reads a global.
 """
@@ -10,7 +10,6 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,11 +18,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from lab import data, evaluation
 from lab.corpus import general_prose
 from lab.evaluation import Row
-from lab.memory import ledger, measurement
-from lab.methods import apply_method, closed_form, count_parameters
+from lab.methods import apply_method, count_parameters, quantisation
 from lab.models import load_model, load_tokenizer
 from lab.optimizers import MasterWeightAdamW, check_optimizer
 from lab.pretraining import is_known, read_facts
+from lab.runners import Outcome
 from lab.specs import Comparison, Memory, Training
 from lab.workspace import Workspace
 
@@ -32,27 +31,6 @@ WARMUP_SHARE = 0.1
 
 HELD_OUT_STORIES = 100
 """Documents of general prose on which `tiny` is scored: their loss has a standard error of under 1 %."""
-
-
-@dataclass
-class Outcome:
-    """What a trial found."""
-
-    figures: dict[str, Any] = field(default_factory=dict)
-    series: dict[str, list[Any]] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    diverged: str = ""
-
-
-def execute(settings: Training | Comparison | Memory, workspace: Workspace) -> Outcome:
-    """Run one trial in this process."""
-    match settings:
-        case Training():
-            return train(settings, workspace)
-        case Comparison():
-            return compare(settings, workspace)
-        case Memory():
-            return measure_memory(settings, workspace)
 
 
 # Training -------------------------------------------------------------------------------------------------------
@@ -136,7 +114,12 @@ class _Run:
         folder = workspace.model(settings.model)
         set_seed(settings.seed)
         base = load_model(
-            settings.model, folder, precision=settings.precision, seed=settings.seed, device=settings.device
+            settings.model,
+            folder,
+            precision=settings.precision,
+            quantisation=quantisation(settings.method, settings.method_options),
+            seed=settings.seed,
+            device=settings.device,
         )
         self.tokenizer = load_tokenizer(folder)
         # Drawn anew after loading, so that an adapter's start depends on the seed and not on how the base was built.
@@ -307,85 +290,3 @@ def compare(settings: Comparison, workspace: Workspace) -> Outcome:
     }
     outcome.tags = {"data_order": first.data_order(), "second_data_order": second.data_order()}
     return outcome
-
-
-# Memory ---------------------------------------------------------------------------------------------------------
-
-
-def measure_memory(settings: Memory, workspace: Workspace) -> Outcome:
-    """Train on random tokens under the ledger: bytes by part and by phase, at the last update.
-
-    With `updates: 0` the weights are counted and nothing is trained.
-    """
-    check_optimizer(settings.optimizer)
-    model = load_model(
-        settings.model,
-        workspace.model(settings.model),
-        precision=settings.precision,
-        quantisation=settings.quantisation,
-        attention=settings.attention,
-        seed=settings.seed,
-        device=settings.device,
-    )
-    config = model.config
-    if not settings.quantisation:  # integer weights cannot be set to train
-        model = apply_method(model, settings.method, settings.method_options)
-    counts = count_parameters(model)
-    if settings.untied:
-        head = model.get_output_embeddings()
-        head.weight = torch.nn.Parameter(head.weight.detach().clone())
-    outcome = Outcome(tags={"model": settings.model, "method": settings.method})
-    outcome.figures |= {f"parameters_{name}": count for name, count in counts.items()}
-    outcome.figures["parameters_closed_form"] = closed_form(config, settings.method, settings.method_options)
-    outcome.figures["weights_bytes"] = ledger.held_bytes(ledger.weights(model))
-    if settings.updates:
-        rows = data.random_rows(
-            settings.batch * settings.gradient_accumulation_steps * settings.updates,
-            settings.length,
-            config.vocab_size,
-            settings.seed,
-        )
-        with tempfile.TemporaryDirectory() as scratch:
-            trainer = build_trainer(model, rows, data.Collator(0), settings, scratch)
-            trainer.create_optimizer()
-            for group in trainer.optimizer.param_groups:
-                group["foreach"] = settings.step == "foreach"
-            outcome.figures |= _memory_figures(measurement.measure(trainer), model)
-    return outcome
-
-
-def _memory_figures(measured: measurement.Measurement, model: Any) -> dict[str, Any]:
-    """The measurement as flat figures; optimizer state also by the kind of tensor that it belongs to."""
-    forward, step = measured.end_of_forward, measured.step_start
-    figures: dict[str, Any] = {
-        "peak_bytes": max(measured.peaks.values()),
-        **{f"peak_{phase}_bytes": peak for phase, peak in measured.peaks.items()},
-        "activations_bytes": forward.activations,
-        "logits_bytes": forward.logits,
-        "gradients_bytes": step.gradients,
-        "gradients_between_bytes": max(measured.gradients_between, default=0),
-        "gradients_after_bytes": measured.steady.gradients,
-        "optimizer_state_bytes": measured.steady.optimizer_state,
-        "step_temporary_bytes": measured.step_temporary,
-        "steady_bytes": measured.steady.total,
-    }
-    kinds = _parameter_kinds(model)
-    for kind in ("large", "small", "embedding"):
-        names = [name for name, found in kinds.items() if found == kind]
-        figures[f"parameters_{kind}"] = sum(model.get_parameter(name).numel() for name in names)
-        figures[f"state_{kind}_bytes"] = sum(measured.optimizer_state_by_parameter.get(name, 0) for name in names)
-    return figures
-
-
-def _parameter_kinds(model: Any) -> dict[str, str]:
-    """`embedding`, `small` or `large` for each trainable parameter: bitsandbytes treats the three differently.
-
-    Source:
-        bitsandbytes' optimizer keeps tensors under 4096 elements in 32 bits, transformers' Trainer embeddings.
-    """
-    embeddings = {p for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-    return {
-        name: "embedding" if p in embeddings else "small" if p.numel() < 4096 else "large"
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import fcntl
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -19,18 +20,23 @@ from typing import Any
 
 from lab import records
 from lab.errors import LabError
+from lab.models import shapes
 from lab.records import Provenance, Record, Status
 from lab.specs import Comparison, Training, TrialSpec
 from lab.workspace import Workspace
 
 PRELOAD = [
-    "lab.training",
+    "lab.trials",
+    "lab.memory.trial",
     "bitsandbytes",
     "peft",
     "transformers.optimization",
     "transformers.models.llama.modeling_llama",
 ]
 """Imported once by the server from which trials are forked: 12 s that no trial pays again."""
+
+# On import it asks for a package that is not needed; the server, which imports this module first, would print that.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ def run_trials(
                 aside = records.set_aside(path)
                 warn(f"{error} It is now {aside.name}.")
                 continue
-            if records.reusable(record, spec, origin.code, origin.environment, origin.inputs(spec)):
+            if records.reusable(record, spec, origin.code(spec), origin.environment, origin.inputs(spec)):
                 found[spec.name] = record
     _prune(folder / specs[0].experiment, {spec.name for spec in specs})
     pending = [spec for spec in specs if spec.name not in found]
@@ -131,7 +137,7 @@ class Origin:
 
     commit: str
     dirty: bool
-    code: str
+    codes: dict[str, str]
     environment: str
     fingerprints: dict[str, str]
     threads: int
@@ -151,19 +157,25 @@ class Origin:
             if folder.is_dir():
                 prints[model] = records.folder_fingerprint(folder)
                 prints |= _commit_of(folder, model)
+            elif shape := shape_fingerprint(model):
+                prints[model] = shape
         for task in sorted({task for spec in specs for task in _tasks(spec)}):
             prints[f"task {task}"] = records.files_fingerprint(workspace.data, workspace.data.glob(f"{task}-*.jsonl"))
         prints |= _commit_of(workspace.data, "data")
         return cls(
             commit,
             dirty,
-            records.code_fingerprint(workspace.root),
+            {kind: records.code_fingerprint(workspace.root, kind) for kind in {spec.settings.kind for spec in specs}},
             read_environment(workspace),
             prints,
             threads,
             name,
             memory,
         )
+
+    def code(self, spec: TrialSpec) -> str:
+        """The fingerprint of the code that a trial runs."""
+        return self.codes[spec.settings.kind]
 
     def inputs(self, spec: TrialSpec) -> dict[str, str]:
         """The fingerprints of the files that a trial reads."""
@@ -178,7 +190,7 @@ class Origin:
         return Provenance(
             commit=self.commit,
             dirty=self.dirty,
-            code=self.code,
+            code=self.code(spec),
             environment=self.environment,
             inputs=self.inputs(spec),
             versions=records.stack_versions(),
@@ -190,6 +202,12 @@ class Origin:
             started=started,
             seconds=round(seconds, 3),
         )
+
+
+def shape_fingerprint(model: str) -> str | None:
+    """The fingerprint of a bundled configuration; None for a model that is prepared."""
+    shape = shapes().get(model)
+    return records.files_fingerprint(shape.parent, [shape]) if shape else None
 
 
 def _tasks(spec: TrialSpec) -> list[str]:
@@ -300,7 +318,6 @@ def _trial_process(spec_json: str, workspace: Workspace, sender: Any) -> None:
     # Ctrl-C is the parent's to handle: it ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import logging
     import warnings
 
     import torch
@@ -310,7 +327,7 @@ def _trial_process(spec_json: str, workspace: Workspace, sender: Any) -> None:
     logging.getLogger().setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    from lab.training import execute
+    from lab.runners import execute
 
     spec = TrialSpec.model_validate_json(spec_json)
     torch.set_num_threads(spec.threads)

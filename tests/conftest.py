@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from lab.workspace import Workspace
 from tests.hub_endpoint import hub
 
 __all__ = ["hub"]
 
 ROOT = Path(__file__).resolve().parent.parent
+
+RAGGED_TASK = "word_sequence_reversal"
+"""A task whose answers differ in length."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,6 +46,41 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def root() -> Path:
     """The project's folder."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace with a `tiny` that was hardly trained and a few examples of one task."""
+    from lab.data import prepare_tasks
+    from lab.params import DataSection, DataSizes, HubData
+    from lab.pretraining import TinyRecipe, pretrain_tiny
+
+    root = tmp_path_factory.mktemp("study")
+    made = Workspace(root, "smoke")
+    recipe = TinyRecipe(
+        hidden_size=32,
+        layers=2,
+        heads=2,
+        key_value_heads=1,
+        intermediate_size=64,
+        vocabulary=400,
+        people=2,
+        repetitions=2,
+        prose_documents=20,
+        task_documents=10,
+        tokenizer_prompts=10,
+        held_out_documents=5,
+        steps=3,
+        batch=4,
+        minimum_recall=0.0,
+    )
+    pretrain_tiny(recipe, made.model("tiny"))
+    facts = made.model("tiny") / "facts.json"
+    facts.write_text(facts.read_text().replace('"known": false', '"known": true'))
+    hub = HubData(name="a/b", revision="main", prompt="p", answer="a")
+    sizes = DataSizes(train=64, validation=12, test=12)
+    prepare_tasks(DataSection(source="embedded", hub=hub), [RAGGED_TASK], sizes, made.data)
+    return made
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

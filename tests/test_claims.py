@@ -31,6 +31,7 @@ from lab.plots import Plot, draw
 from lab.records import Record
 from lab.specs import Comparison, Memory, Training, TrialSpec
 from lab.study import Study
+from lab.trials import shape_fingerprint
 from tests.conftest import ROOT
 from tests.test_records import make_record
 
@@ -429,10 +430,11 @@ def study(tmp_path: Path) -> Study:
     shutil.copytree(ROOT / "lab", tmp_path / "lab", ignore=shutil.ignore_patterns("__pycache__"))
     found = Study.load("smoke", tmp_path)
     sys.path.remove(str(tmp_path))
-    code = records.code_fingerprint(tmp_path)
+    code = records.code_fingerprint(tmp_path, "memory")
     for spec in found.plan(found.registry.experiment("memory_formulas")):
         record = made_up(spec)
-        origin = record.provenance.model_copy(update={"code": code})
+        inputs = {model: shape_fingerprint(model) for model in spec.models()}
+        origin = record.provenance.model_copy(update={"code": code, "inputs": inputs})
         records.write_record(record.model_copy(update={"provenance": origin}), found.workspace.results)
     return found
 

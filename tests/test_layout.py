@@ -15,6 +15,7 @@ import yaml
 
 from lab import records
 from lab.claims import discover
+from lab.runners import RUNNERS
 from tests.conftest import ROOT
 
 REGISTRY = discover()
@@ -46,27 +47,29 @@ def test_every_experiment_is_a_stage_a_plan_and_a_reason_to_judge_again() -> Non
         assert sorted(listed) == sorted(NAMES)
 
 
+def read_by(kind: str) -> set[str]:
+    module = RUNNERS[kind].split(":")[0]
+    return {path.relative_to(ROOT / "lab").as_posix() for path in records.numeric_files(ROOT, module)}
+
+
 def test_a_training_stage_depends_on_the_code_that_the_fingerprint_reads_and_on_no_other() -> None:
     listed = {path.removeprefix("lab/") for path in paths(STAGES["trials"]["do"]["deps"]) if path.startswith("lab/")}
-    read = {path.relative_to(ROOT / "lab").as_posix() for path in records.numeric_files(ROOT)}
+    read = set().union(*map(read_by, RUNNERS))
     assert "evaluation.py" in read
     uncovered = {name for name in read if not any(name == path or name.startswith(f"{path}/") for path in listed)}
-    assert not uncovered, "in records.NUMERIC_SOURCES, but no dep of the stage `trials`"
+    assert not uncovered, "in the fingerprint of a trial, but no dep of the stage `trials`"
     unread = {path for path in listed if not any(name == path or name.startswith(f"{path}/") for name in read)}
-    assert not unread, "a dep of the stage `trials`, but not in records.NUMERIC_SOURCES"
+    assert unread == {"shapes"}, "a dep of the stage `trials`, but in no trial's fingerprint (shapes are inputs)"
 
 
-def test_what_a_trial_imports_of_the_library_is_in_the_fingerprint_or_cannot_change_a_number() -> None:
-    harmless = {"errors.py", "params.py", "workspace.py", "__init__.py", "memory/__init__.py"}
-    script = "import json, sys, lab.training; print(json.dumps([m for m in sys.modules if m.split('.')[0] == 'lab']))"
+@pytest.mark.parametrize("kind", RUNNERS)
+def test_what_a_trial_imports_of_the_library_is_in_the_fingerprint_or_a_declaration(kind: str) -> None:
+    runner = RUNNERS[kind].split(":")[0]
+    script = f"import json, sys, {runner}; print(json.dumps([m for m in sys.modules if m.split('.')[0] == 'lab']))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-    modules = json.loads(done.stdout.splitlines()[-1])
-    files = {Path(*m.split(".")[1:]) for m in modules}
-    found = {
-        f"{name}.py" if (ROOT / "lab" / f"{name}.py").is_file() else (name / "__init__.py").as_posix() for name in files
-    }
-    read = {path.relative_to(ROOT / "lab").as_posix() for path in records.numeric_files(ROOT)}
-    assert found <= read | harmless
+    modules = set(json.loads(done.stdout.splitlines()[-1])) - set(records.DECLARATIONS)
+    read = {f"lab.{name.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}" for name in read_by(kind)}
+    assert modules <= read
 
 
 def test_a_training_stage_does_not_depend_on_its_experiment_s_file() -> None:

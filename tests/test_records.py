@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from lab import records
 from lab.errors import LabError
 from lab.records import Provenance, Record, reusable
+from lab.runners import RUNNERS
 from lab.specs import Memory, Training, TrialSpec
 from tests.conftest import ROOT
 
@@ -164,10 +165,10 @@ def sources(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def fingerprint(root: Path) -> str:
+def fingerprint(root: Path, kind: str = "training") -> str:
     records.code_fingerprint.cache_clear()
     try:
-        return records.code_fingerprint(root)
+        return records.code_fingerprint(root, kind)
     finally:
         records.code_fingerprint.cache_clear()
 
@@ -192,7 +193,6 @@ def test_a_comment_a_docstring_or_an_empty_line_costs_no_rerun(sources: Path) ->
         ("training.py", "WARMUP_SHARE = 0.1", "WARMUP_SHARE = 0.2"),
         ("evaluation.py", "IGNORED = -100", "IGNORED = -99"),
         ("methods/__init__.py", "alpha: Count = 16", "alpha: Count = 32"),
-        ("shapes/llama-6m.json", '"hidden_size": 256', '"hidden_size": 512'),
         ("optimizers.py", ".float()", ".double()"),
     ],
 )
@@ -207,6 +207,13 @@ def test_a_change_of_what_only_judges_or_shows_costs_no_rerun(sources: Path) -> 
     for name in ("claims.py", "plots.py", "statistics.py", "study.py", "cli.py", "progress.py", "tracking.py"):
         (sources / "lab" / name).write_text("raise SystemExit\n")
     assert fingerprint(sources) == old
+
+
+def test_measuring_memory_runs_the_code_that_trains_and_not_the_reverse(sources: Path) -> None:
+    before = {kind: fingerprint(sources, kind) for kind in RUNNERS}
+    edit(sources / "lab" / "memory" / "ledger.py", "-(-size // round_to)", "(size // round_to)")
+    after = {kind: fingerprint(sources, kind) for kind in RUNNERS}
+    assert {kind for kind in RUNNERS if before[kind] != after[kind]} == {"memory"}
 
 
 def test_a_folder_is_known_by_its_names_and_bytes(tmp_path: Path) -> None:

@@ -23,9 +23,12 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clone of the project, with today's uncommitted changes, in an empty folder."""
     folder = tmp_path_factory.mktemp("clone") / "study"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(folder)], check=True)
-    listed = subprocess.run(["git", "ls-files", "-m"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-mo", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     for name in listed.stdout.splitlines():
         if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     return folder
 

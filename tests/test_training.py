@@ -11,46 +11,16 @@ import torch
 
 from lab import evaluation, training
 from lab.corpus import Example
-from lab.data import prepare_tasks
 from lab.models import load_model, load_tokenizer
-from lab.params import DataSection, DataSizes, HubData
-from lab.pretraining import TinyRecipe, pretrain_tiny
+from lab.runners import execute
 from lab.specs import Comparison, Memory, Training
-from lab.training import execute
 from lab.workspace import Workspace
+from tests.conftest import RAGGED_TASK as TASK
 
-TASK = "word_sequence_reversal"  # its answers differ in length
 
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A workspace with a `tiny` that was hardly trained and a few examples of one task."""
-    root = tmp_path_factory.mktemp("study")
-    made = Workspace(root, "smoke")
-    recipe = TinyRecipe(
-        hidden_size=32,
-        layers=2,
-        heads=2,
-        key_value_heads=1,
-        intermediate_size=64,
-        vocabulary=400,
-        people=2,
-        repetitions=2,
-        prose_documents=20,
-        task_documents=10,
-        tokenizer_prompts=10,
-        held_out_documents=5,
-        steps=3,
-        batch=4,
-        minimum_recall=0.0,
-    )
-    pretrain_tiny(recipe, made.model("tiny"))
-    facts = made.model("tiny") / "facts.json"
-    facts.write_text(facts.read_text().replace('"known": false', '"known": true'))
-    hub = HubData(name="a/b", revision="main", prompt="p", answer="a")
-    sizes = DataSizes(train=64, validation=12, test=12)
-    prepare_tasks(DataSection(source="embedded", hub=hub), [TASK], sizes, made.data)
-    return made
+@pytest.fixture
+def workspace(tiny_workspace: Workspace) -> Workspace:
+    return tiny_workspace
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Every linear layer of a Llama-shaped decoder layer; where LoRA does best (Biderman et al. 2024, section 5)."""
+
+
+ADDED = ("lora_", "ia3_", "prompt_encoder.")
+"""What PEFT has in the names of the parameters that it adds."""
 
 
 class Options(BaseModel):
@@ -41,6 +45,42 @@ class LoraOptions(Options):
     targets: tuple[str, ...] = Field(default=ALL_LINEAR, min_length=1)
 
 
+class QloraOptions(LoraOptions):
+    """LoRA on a base that bitsandbytes holds in 4 bits (Dettmers et al. 2023)."""
+
+    double_quantisation: bool = False
+
+
+class Ia3Options(Options):
+    """Learned vectors that rescale keys, values and the feed-forward (Liu et al. 2022)."""
+
+    targets: tuple[str, ...] = Field(default=("k_proj", "v_proj", "down_proj"), min_length=1)
+    feedforward: tuple[str, ...] = ("down_proj",)
+    """Those targets whose input, rather than output, is rescaled."""
+
+
+class PromptOptions(Options):
+    """Learned embeddings in front of the input (Lester et al. 2021)."""
+
+    virtual_tokens: Count = 20
+
+
+class PrefixOptions(PromptOptions):
+    """Learned keys and values in front, at every layer (Li and Liang 2021); `projection` makes them by an MLP."""
+
+    projection: bool = False
+    encoder_hidden_size: Count | None = None
+    """Width of the projection; None: that of the keys."""
+
+
+class PtuningOptions(PromptOptions):
+    """Embeddings in front of the input that an encoder makes (Liu et al. 2021)."""
+
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    encoder_hidden_size: Count | None = None
+    """Width of the encoder; None: that of the model."""
+
+
 @dataclass(frozen=True)
 class Method:
     """How to apply a method, and the options that it takes."""
@@ -49,13 +89,15 @@ class Method:
     apply: Callable[[Any, Any], Any]
     trainable: Callable[[Any, Any], int] | None = None
     """The closed form: trainable parameters from the model's configuration and the options."""
+    quantisation: Callable[[Any], str | None] = lambda options: None
+    """How the method wants the base to be held, from its options."""
 
 
 def _full(model: Module, _: FullOptions) -> Module:
     return model.requires_grad_(True)
 
 
-def _lora(model: Module, options: LoraOptions) -> Module:
+def _lora(model: Module, options: LoraOptions, **more: Any) -> Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -64,6 +106,59 @@ def _lora(model: Module, options: LoraOptions) -> Module:
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
         target_modules=list(options.targets),
+        **more,
+    )
+    return get_peft_model(model, config)
+
+
+def _dora(model: Module, options: LoraOptions) -> Module:
+    return _lora(model, options, use_dora=True)
+
+
+def _qlora(model: Module, options: QloraOptions) -> Module:
+    from peft import prepare_model_for_kbit_training
+
+    # Checkpointing is the Trainer's to turn on.
+    return _lora(prepare_model_for_kbit_training(model, use_gradient_checkpointing=False), options)
+
+
+def _ia3(model: Module, options: Ia3Options) -> Module:
+    from peft import IA3Config, get_peft_model
+
+    config = IA3Config(
+        task_type="CAUSAL_LM",
+        target_modules=list(options.targets),
+        feedforward_modules=[name for name in options.feedforward if name in options.targets],
+    )
+    return get_peft_model(model, config)
+
+
+def _prompt(model: Module, options: PromptOptions) -> Module:
+    from peft import PromptTuningConfig, get_peft_model
+
+    return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.virtual_tokens))
+
+
+def _prefix(model: Module, options: PrefixOptions) -> Module:
+    from peft import PrefixTuningConfig, get_peft_model
+
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=options.virtual_tokens,
+        prefix_projection=options.projection,
+        encoder_hidden_size=options.encoder_hidden_size,
+    )
+    return get_peft_model(model, config)
+
+
+def _ptuning(model: Module, options: PtuningOptions) -> Module:
+    from peft import PromptEncoderConfig, get_peft_model
+
+    config = PromptEncoderConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=options.virtual_tokens,
+        encoder_reparameterization_type=options.encoder.upper(),
+        encoder_hidden_size=options.encoder_hidden_size,
     )
     return get_peft_model(model, config)
 
@@ -71,6 +166,17 @@ def _lora(model: Module, options: LoraOptions) -> Module:
 METHODS: dict[str, Method] = {
     "full": Method(FullOptions, _full),
     "lora": Method(LoraOptions, _lora, lambda config, options: lora_parameters(config, options.rank, options.targets)),
+    "qlora": Method(
+        QloraOptions,
+        _qlora,
+        lambda config, options: lora_parameters(config, options.rank, options.targets),
+        lambda options: "nf4-double" if options.double_quantisation else "nf4",
+    ),
+    "dora": Method(LoraOptions, _dora, lambda config, options: dora_parameters(config, options.rank, options.targets)),
+    "ia3": Method(Ia3Options, _ia3, lambda config, options: ia3_parameters(config, options)),
+    "prompt": Method(PromptOptions, _prompt, lambda config, options: options.virtual_tokens * config.hidden_size),
+    "prefix": Method(PrefixOptions, _prefix, lambda config, options: prefix_parameters(config, options)),
+    "ptuning": Method(PtuningOptions, _ptuning, lambda config, options: ptuning_parameters(config, options)),
 }
 
 
@@ -104,6 +210,12 @@ def closed_form(config: Any, name: str, options: dict[str, Any]) -> int | None:
     return chosen.trainable(config, parsed) if chosen.trainable else None
 
 
+def quantisation(name: str, options: dict[str, Any]) -> str | None:
+    """How the method wants the base to be held: `nf4`, `nf4-double`, or None for as it is."""
+    chosen = method(name)
+    return chosen.quantisation(parse(chosen.options, options, f"method {name}"))
+
+
 def check_targets(model: Any, targets: tuple[str, ...]) -> None:
     """Every target names a linear layer of the model.
 
@@ -111,8 +223,10 @@ def check_targets(model: Any, targets: tuple[str, ...]) -> None:
         LabError: one does not; the message lists those that exist.
     """
     import torch
+    from transformers.pytorch_utils import Conv1D
 
-    present = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear = (torch.nn.Linear, Conv1D)
+    present = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, linear)}
     for target in targets:
         if target not in present:
             raise unknown("target module", target, present)
@@ -130,7 +244,7 @@ def count_parameters(model: Any) -> dict[str, int]:
     if hasattr(model, "peft_config"):
         from peft import get_peft_model_state_dict
 
-        added = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+        added = sum(p.numel() for n, p in model.named_parameters() if any(mark in n for mark in ADDED))
         stored = sum(t.numel() for t in get_peft_model_state_dict(model).values())
     return {"total": total, "base": total - added, "trainable": trainable, "stored": stored}
 
@@ -142,24 +256,80 @@ def _elements(parameter: Any) -> int:
     return int(parameter.numel())
 
 
+# Closed forms ---------------------------------------------------------------------------------------------------
+
+
+def widths(config: Any) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the linear layers of a Llama-shaped model, by name.
+
+    Grouped-query attention makes keys and values narrower than queries.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_attention_heads * head_size(config), _key_width(config)
+    return {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+        "lm_head": (hidden, config.vocab_size),
+    }
+
+
+def head_size(config: Any) -> int:
+    """Width of one attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _key_width(config: Any) -> int:
+    return int(config.num_key_value_heads * head_size(config))
+
+
+def _over_layers(config: Any, targets: tuple[str, ...], count: Callable[[int, int], int]) -> int:
+    """The sum of count(inputs, outputs) over the targets in every layer; the head is there once."""
+    sizes = widths(config)
+    return sum((1 if t == "lm_head" else config.num_hidden_layers) * count(*sizes[t]) for t in targets)
+
+
 def lora_parameters(config: Any, rank: int, targets: tuple[str, ...] = ALL_LINEAR) -> int:
     """The closed form: sum over targets of rank x (inputs + outputs), times the layers.
 
-    Grouped-query attention makes keys and values narrower than queries.
-
     Source:
-        Hu et al. 2021, section 4.1; checked against PEFT in tests/methods/test_methods.py.
+        Hu et al. 2021, section 4.1; this and the next are checked against PEFT in tests/methods/test_methods.py.
     """
-    hidden, inner = config.hidden_size, config.intermediate_size
-    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    widths = {
-        "q_proj": hidden + queries,
-        "k_proj": hidden + keys,
-        "v_proj": hidden + keys,
-        "o_proj": queries + hidden,
-        "gate_proj": hidden + inner,
-        "up_proj": hidden + inner,
-        "down_proj": inner + hidden,
-    }
-    return config.num_hidden_layers * rank * sum(widths[target] for target in targets)
+    return _over_layers(config, targets, lambda inputs, outputs: rank * (inputs + outputs))
+
+
+def dora_parameters(config: Any, rank: int, targets: tuple[str, ...] = ALL_LINEAR) -> int:
+    """LoRA, and a magnitude for each output (Liu et al. 2024, section 4.1)."""
+    return _over_layers(config, targets, lambda inputs, outputs: rank * (inputs + outputs) + outputs)
+
+
+def ia3_parameters(config: Any, options: Ia3Options) -> int:
+    """A factor for each output of keys and values and each input of the feed-forward's last layer."""
+    inner = _over_layers(config, tuple(t for t in options.targets if t in options.feedforward), lambda i, o: i)
+    return inner + _over_layers(
+        config, tuple(t for t in options.targets if t not in options.feedforward), lambda i, o: o
+    )
+
+
+def prefix_parameters(config: Any, options: PrefixOptions) -> int:
+    """Keys and values per layer and virtual token, as wide as the model's own; with a projection what makes them."""
+    tokens, keys = options.virtual_tokens, _key_width(config)
+    outputs = 2 * config.num_hidden_layers * keys
+    if not options.projection:
+        return int(tokens * outputs)
+    width = options.encoder_hidden_size or keys
+    return int(tokens * keys + keys * width + width + width * outputs + outputs)
+
+
+def ptuning_parameters(config: Any, options: PtuningOptions) -> int:
+    """The embeddings and the encoder that makes them: three linear layers, or a two-layer LSTM in both directions and two."""
+    hidden, width = config.hidden_size, options.encoder_hidden_size or config.hidden_size
+    embeddings = options.virtual_tokens * hidden
+    if options.encoder == "mlp":
+        return int(embeddings + (hidden * width + width) + (width * width + width) + (width * hidden + hidden))
+    first, later = (2 * 4 * width * (inputs + width + 2) for inputs in (hidden, 2 * width))
+    return int(embeddings + first + later + (2 * width * 2 * width + 2 * width) + (2 * width * hidden + hidden))

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lab.errors import LabError
-from lab.methods import ALL_LINEAR, apply_method, closed_form, count_parameters, lora_parameters, method
+from lab.methods import (
+    ADDED,
+    ALL_LINEAR,
+    METHODS,
+    apply_method,
+    closed_form,
+    count_parameters,
+    lora_parameters,
+    method,
+    quantisation,
+)
 from lab.models import shapes
 
 SMALL = json.loads(shapes()["llama-6m"].read_text())
@@ -83,6 +93,52 @@ def test_the_closed_form_equals_peft_s_count_on_any_shape(
     assert counts["total"] == counts["base"] + counts["trainable"]
 
 
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    ("lora", {"targets": ["q_proj", "lm_head"]}),
+    ("dora", {}),
+    ("dora", {"rank": 3, "targets": ["v_proj", "down_proj"]}),
+    ("ia3", {}),
+    ("ia3", {"targets": ["k_proj", "up_proj"], "feedforward": ["up_proj"]}),
+    ("prompt", {"virtual_tokens": 5}),
+    ("prefix", {}),
+    ("prefix", {"projection": True}),
+    ("prefix", {"projection": True, "encoder_hidden_size": 48}),
+    ("ptuning", {}),
+    ("ptuning", {"encoder_hidden_size": 48}),
+    ("ptuning", {"encoder": "lstm"}),
+    ("ptuning", {"encoder": "lstm", "encoder_hidden_size": 48}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), OTHERS, ids=lambda value: str(value))
+def test_the_closed_form_of_every_method_equals_peft_s_count(name: str, options: dict[str, Any]) -> None:
+    for groups in ((4, 2), (4, 4)):
+        base = AutoModelForCausalLM.from_config(llama(32, 56, 2, *groups, 16))
+        size = sum(p.numel() for p in base.parameters())
+        counts = count_parameters(apply_method(base, name, options))
+        assert counts["trainable"] == closed_form(base.config, name, options)
+        assert (counts["base"], counts["total"]) == (size, size + counts["trainable"])
+
+
+@pytest.mark.parametrize(("name", "options"), OTHERS[1:], ids=lambda value: str(value))
+def test_every_method_trains_what_it_adds_and_nothing_else(name: str, options: dict[str, Any]) -> None:
+    model = apply_method(small(), name, options)
+    train_once(model)
+    held = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert held == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(any(mark in name for mark in ADDED) for name in held)
+
+
+def test_what_an_encoder_makes_is_stored_and_not_the_encoder() -> None:
+    counts = count_parameters(apply_method(small(), "ptuning", {"virtual_tokens": 5}))
+    assert counts["stored"] == 5 * SMALL["hidden_size"] < counts["trainable"]
+
+
+def test_qlora_wants_a_base_in_four_bits() -> None:
+    assert [quantisation("qlora", {"double_quantisation": twice}) for twice in (False, True)] == ["nf4", "nf4-double"]
+    assert quantisation("lora", {}) is None
+
+
 def test_counts_of_llama_6m_by_both_methods() -> None:
     base = sum(p.numel() for p in small().parameters())
     full = count_parameters(apply_method(small(), "full", {}))
@@ -129,7 +185,7 @@ def test_a_fresh_adapter_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("lroa", {}, "unknown method 'lroa'. Did you mean 'lora'? Known: full, lora."),
+        ("lroa", {}, "unknown method 'lroa'. Did you mean 'lora'? Known: " + ", ".join(sorted(METHODS)) + "."),
         ("lora", {"rnak": 8}, "method lora: rnak is not a known key. Did you mean 'rank'?"),
         ("full", {"rank": 8}, "method full: rank is not a known key. Known: none."),
         ("lora", {"rank": 0}, "method lora: rank is 0; it must be at least 1. Raise it."),
