@@ -174,7 +174,7 @@ EXPERIMENT = Experiment(
                 "conditional": "Reserve 2 bytes of state per parameter, 8 for the embedding; add 4 only for fp32 weights.",
                 "refuted": "Do not reserve 6 bytes: no way of counting gives them.",
             },
-            stated={"cpu": "conditional"},
+            stated={"cpu": "conditional", "full": "conditional"},
         ),
         Claim(
             id="adamw8bit-matches-adamw",
@@ -189,7 +189,7 @@ EXPERIMENT = Experiment(
                 "supported": "Use adamw_bnb_8bit with AdamW's settings; expect the same loss, not the same weights.",
                 "refuted": "Tune the learning rate again when you switch to the 8-bit optimizer.",
             },
-            stated={"cpu": "supported"},
+            stated={"cpu": "supported", "full": "supported"},
         ),
     ),
     plots=(

@@ -195,7 +195,7 @@ EXPERIMENT = Experiment(
                 "conditional": "Accumulate where the update is the same; elsewhere compare a few updates first.",
                 "refuted": "Check how your trainer averages over micro-batches before you accumulate.",
             },
-            stated={"cpu": "supported"},
+            stated={"cpu": "supported", "full": "supported"},
         ),
     ),
     plots=(

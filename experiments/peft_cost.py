@@ -158,7 +158,7 @@ EXPERIMENT = Experiment(
                 "conditional": "Count on a small share from about 100M parameters on; for smaller models lower the rank.",
                 "refuted": "Count the trainable parameters before you train; they are not few.",
             },
-            stated={"cpu": "conditional"},
+            stated={"cpu": "conditional", "full": "conditional"},
         ),
         Claim(
             id="peft-saves-memory",
@@ -175,7 +175,7 @@ EXPERIMENT = Experiment(
                 "smaller batch or checkpointing.",
                 "refuted": "Do not expect LoRA to make it fit: shrink batch and length first.",
             },
-            stated={"cpu": "supported"},
+            stated={"cpu": "supported", "full": "supported"},
         ),
     ),
     plots=(

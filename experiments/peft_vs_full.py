@@ -332,7 +332,7 @@ EXPERIMENT = Experiment(
                 "refuted": "Try full fine-tuning, or a higher rank, before you blame the data.",
                 "conditional": "Compare on your own model: LoRA keeps up on one of the two here, not on the other.",
             },
-            stated={"cpu": "inconclusive"},
+            stated={"cpu": "inconclusive", "full": "inconclusive"},
         ),
         Claim(
             id="full-ft-forgets-more",
@@ -351,7 +351,7 @@ EXPERIMENT = Experiment(
                 "refuted": "Do not count on LoRA to protect old knowledge: lower the learning rate, or mix old data in.",
                 "conditional": "Lower the learning rate first: which method forgets more depends on the rate and on the model.",
             },
-            stated={"cpu": "refuted"},
+            stated={"cpu": "refuted", "full": "refuted"},
         ),
     ),
     plots=(

@@ -14,14 +14,18 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 import typer
 
 from lab.errors import LabError
+from lab.fit import fit
 
 if TYPE_CHECKING:
     from lab.claims import Verdict
     from lab.study import Study
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__
+)
 prepare = typer.Typer(no_args_is_help=True, help="Make what the trials read. These are DVC stages.")
 app.add_typer(prepare, name="prepare")
+app.command()(fit)
 
 ProfileOption = Annotated[Optional[str], typer.Option("--profile", "-p", help="A profile of params.yaml.")]  # noqa: UP045
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

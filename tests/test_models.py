@@ -271,16 +271,20 @@ def test_every_bundled_shape_parses_and_has_the_parameters_that_its_name_says(na
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**json.loads(models.shapes()[name].read_text()))
-    with torch.device("meta"):
+    with torch.device("meta"):  # the largest has 405 billion
         model = AutoModelForCausalLM.from_config(config)
     count = sum(p.numel() for p in model.parameters())
     said = re.search(r"-(\d+(?:\.\d+)?)([mb])(?:-|$)", name)
-    assert said, "a shape's name says how many parameters it has"
-    assert count == pytest.approx(float(said[1]) * {"m": 1e6, "b": 1e9}[said[2]], rel=0.15)
+    if not said:
+        assert name in ("gpt2", "gpt2-xl", "mixtral-8x7b", "phi-2", "phi-3-mini-4k"), "a shape's name says its size"
+        return
+    unit = {"m": 1e6, "b": 1e9}[said[2]]
+    size, digit = float(said[1]) * unit, unit * (0.1 if "." in said[1] else 1)
+    assert count == pytest.approx(size, rel=0.15) or size <= count < size + digit, "rounded, or cut off: gemma-2-2b"
 
 
 def test_an_unknown_model_names_the_nearest() -> None:
-    with pytest.raises(LabError, match=r"unknown model 'llama-6b'\. Did you mean 'llama-6m'\? Known: .*smol, tiny\."):
+    with pytest.raises(LabError, match=r"unknown model 'llama-6b'\. Did you mean 'llama-6m'\? Known: .*smol, .*tiny\."):
         models.check_model("llama-6b")
     for name in (*models.PREPARED, *models.shapes()):
         models.check_model(name)

@@ -1,0 +1,145 @@
+"""Optimizers by their Trainer names, for the simulation: torch's and transformers' own classes, and a model of bitsandbytes'.
+
+bitsandbytes' kernels update in place; what counts is the state that they keep, which `Blockwise` allocates by the same
+rules and without its import of several seconds. Tests compare it with the real optimizers.
+
+Source: bitsandbytes 0.50.2, optim/optimizer.py; transformers 5.23, trainer.py (`create_optimizer`) and trainer_optimizer.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lab.errors import LabError, unknown
+from lab.memory.ledger import tensors_in
+from lab.memory.workload import Workload
+
+SMALL = 4096
+"""Tensors of fewer elements keep their state in 32 bits."""
+
+BLOCK = 256
+"""Elements of 8-bit state that share one fp32 scale."""
+
+UNPAGED = 100_000
+"""State tensors of fewer elements are not paged."""
+
+STATES = {"adamw": 2, "lion": 1, "rmsprop": 1, "ademamix": 3}
+"""How many values bitsandbytes keeps for each parameter."""
+
+BLOCKWISE: dict[str, tuple[str, int, bool]] = {
+    "adamw_bnb_8bit": ("adamw", 8, False),
+    "adamw_8bit": ("adamw", 8, False),
+    "paged_adamw_8bit": ("adamw", 8, True),
+    "paged_adamw_32bit": ("adamw", 32, True),
+    "lion_8bit": ("lion", 8, False),
+    "lion_32bit": ("lion", 32, False),
+    "paged_lion_8bit": ("lion", 8, True),
+    "paged_lion_32bit": ("lion", 32, True),
+    "rmsprop_bnb": ("rmsprop", 32, False),
+    "rmsprop_bnb_8bit": ("rmsprop", 8, False),
+    "rmsprop_bnb_32bit": ("rmsprop", 32, False),
+    "ademamix": ("ademamix", 32, False),
+    "ademamix_8bit": ("ademamix", 8, False),
+    "paged_ademamix_32bit": ("ademamix", 32, True),
+    "paged_ademamix_8bit": ("ademamix", 8, True),
+}
+"""bitsandbytes' optimizers by Trainer name: which, bits, paged."""
+
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor", *BLOCKWISE)
+"""The Trainer's names that the simulation has a model of."""
+
+
+def make_optimizer(workload: Workload, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer by its Trainer name, over the Trainer's two groups: with weight decay, and without.
+
+    Raises:
+        LabError: the simulation has no model of it, or it has no step of that kind.
+    """
+    groups, name, step = _groups(model), workload.optimizer, workload.stepped_by
+    kinds: dict[str, Any] = {"foreach": step == "foreach", "fused": step == "fused"}
+    if name in BLOCKWISE:
+        embeddings: set[Tensor] = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        return Blockwise(groups, *BLOCKWISE[name], embeddings)
+    match name:
+        case "adamw_torch" | "adamw_torch_fused":
+            return torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.0, **kinds)
+        case "sgd":
+            return torch.optim.SGD(groups, lr=1e-4, **kinds)
+        case "adagrad":
+            return torch.optim.Adagrad(groups, lr=1e-4, **kinds)
+        case "rmsprop":
+            if step == "fused":
+                raise LabError("step: torch has no fused RMSprop. Choose foreach or for-loop.")
+            return torch.optim.RMSprop(groups, lr=1e-4, foreach=kinds["foreach"])
+        case "adafactor":
+            from transformers.optimization import Adafactor
+
+            return Adafactor(groups, lr=1e-4, scale_parameter=False, relative_step=False)
+    raise unknown("optimizer", name, OPTIMIZERS)
+
+
+def _groups(model: nn.Module) -> list[dict[str, Any]]:
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    undecayed = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], undecayed))
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [[p for name, p in named if (name in decayed) == wanted] for wanted in (True, False)]
+    return [{"params": group, "weight_decay": 0.0} for group in groups if group]
+
+
+class Blockwise(torch.optim.Optimizer):
+    """The state that an optimizer of bitsandbytes keeps, and no arithmetic."""
+
+    def __init__(self, params: Any, kind: str, bits: int, paged: bool, embeddings: set[Tensor]) -> None:
+        super().__init__(params, {})
+        self.values, self.bits, self.paged, self.embeddings = STATES[kind], bits, paged, embeddings
+        self.host_bytes = 0
+        self.tables: list[Tensor] = []
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Allocate the state of parameters that have a gradient and no state yet."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter not in self.state:
+                    self.state[parameter] = self._state_of(parameter)
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+        elements = parameter.numel()
+        in_bytes = self.bits == 8 and elements >= SMALL and parameter not in self.embeddings
+        dtype = torch.uint8 if in_bytes else torch.float32
+        # AdEMAMix keeps its two first moments in one tensor.
+        sizes = [2 * elements, elements] if self.values == 3 else [elements] * self.values
+        state: dict[str, Any] = {}
+        for number, size in enumerate(sizes, start=1):
+            if self.paged and size >= UNPAGED:
+                self.host_bytes += size * dtype.itemsize
+            else:
+                state[f"state{number}"] = torch.zeros(size, dtype=dtype)
+            if in_bytes:
+                state[f"absmax{number}"] = torch.zeros(size // elements * -(-elements // BLOCK))
+                if len(self.tables) < number:
+                    self.tables.append(torch.zeros(256))
+                state[f"qmap{number}"] = self.tables[number - 1]
+        return state
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Everything that the optimizer keeps."""
+    return list(tensors_in(list(optimizer.state.values())))
+
+
+def on_host(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What a CUDA run keeps on the processor: torch's counters of steps, but for fused steps."""
+    if any(group.get("fused") for group in optimizer.param_groups):
+        return []
+    return list(tensors_in([state.get("step") for state in optimizer.state.values()]))
+
+
+def host_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of state in managed memory, which the device's own counters do not see."""
+    return int(getattr(optimizer, "host_bytes", 0))

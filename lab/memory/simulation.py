@@ -1,0 +1,360 @@
+"""The memory of one update, from tensors that have shapes but no storage.
+
+The real transformers model, the real PEFT method and the real optimizer run one update under FakeTensorMode, on the
+processor, with a ledger of live storages. What a CUDA device does otherwise (its attention and dropout kernels, its
+allocator's rounding, cuBLAS workspaces) stands in `lab.memory.kernels`.
+
+All decoder layers are alike, or repeat a pattern of a few kinds. So two shallow models are run, and each stretch of
+the update (the first layers, the layers in between, the last layers, what comes before and after them) is extrapolated
+by itself: its peak is affine in the depth, whereas the peak of a whole phase is not, since its place may move.
+
+Source: FakeTensorMode is described in torch/_subclasses/fake_tensor.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lab.memory import kernels
+from lab.memory import optimizer_states as states
+from lab.memory.architecture import Architecture
+from lab.memory.ledger import weights
+from lab.memory.measurement import parameter_counts
+from lab.memory.workload import PARTS, PHASES, Prediction, Workload, check
+from lab.methods import apply_method
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+START, END = -1, -2
+"""In the place of a layer's number: what comes before and after the layers."""
+
+EDGE = 1
+"""How many patterns of layers at either end have stretches of their own; those between are taken as alike."""
+
+
+# Prediction -----------------------------------------------------------------------------------------------------
+
+
+def predict(workload: Workload) -> Prediction:
+    """The memory of an update, steady state, to the byte where only tensors decide.
+
+    Raises:
+        LabError: the workload contradicts itself, or no model of the simulation covers it.
+    """
+    check(workload)
+    depth = Architecture.of(workload.config).layers
+    period = _period(workload.config)
+    shallow = depth % period + (2 * EDGE + 1) * period
+    if 2 * shallow + period >= depth:
+        seen = rehearse(workload, workload.config)
+    else:
+        small, large = (rehearse(workload, shrink(workload.config, n)) for n in (shallow, shallow + period))
+        seen = small.extrapolate(large, (depth - shallow) // period)
+    return seen.prediction(workload)
+
+
+def shrink(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The configuration with so many layers, their kinds in the same order."""
+    small = dict(config)
+    for name in ("num_hidden_layers", "n_layer"):
+        if name in small:
+            small[name] = layers
+    if small.get("layer_types"):
+        small["layer_types"] = list(small["layer_types"])[:layers]
+    if "text_config" in small:
+        small["text_config"] = shrink(small["text_config"], layers)
+    return small
+
+
+def _period(config: Mapping[str, Any]) -> int:
+    """After how many layers their kinds repeat."""
+    kinds = Architecture.of(dict(config)).layer_types
+    return next((p for p in range(1, len(kinds)) if all(a == b for a, b in zip(kinds, kinds[p:], strict=False))), 1)
+
+
+@dataclass
+class Rehearsal:
+    """What one rehearsal saw, in bytes.
+
+    Attributes:
+        stretches: peak of each stretch, `(phase, place)`, by part; the place is a layer from either end, or what is around.
+        steady: what is held between updates, by part.
+        parameters: numbers of parameters.
+        host: bytes of paged optimizer state.
+    """
+
+    stretches: dict[tuple[str, str], Counter[str]] = field(default_factory=dict)
+    steady: Counter[str] = field(default_factory=Counter)
+    parameters: dict[str, int] = field(default_factory=dict)
+    host: int = 0
+
+    def extrapolate(self, deeper: Rehearsal, periods: int) -> Rehearsal:
+        """The same `periods` further, if `deeper` is one further: affine in the depth, stretch by stretch."""
+
+        def further(a: Mapping[str, int], b: Mapping[str, int]) -> Counter[str]:
+            return Counter({name: a.get(name, 0) + periods * (b.get(name, 0) - a.get(name, 0)) for name in {*a, *b}})
+
+        return Rehearsal(
+            {place: further(parts, deeper.stretches[place]) for place, parts in self.stretches.items()},
+            further(self.steady, deeper.steady),
+            dict(further(self.parameters, deeper.parameters)),
+            self.host + periods * (deeper.host - self.host),
+        )
+
+    def prediction(self, workload: Workload) -> Prediction:
+        """The answer: the highest stretch of each phase, and the parts at the highest of all."""
+        workspace = kernels.workspace_bytes(workload)
+        phases = {p: max(c.total() for (phase, _), c in self.stretches.items() if phase == p) for p in PHASES}
+        highest = max(self.stretches.values(), key=lambda parts: parts.total())
+        return Prediction(
+            peak_bytes=highest.total() + workspace,
+            steady_bytes=self.steady.total() + workspace,
+            parts={name: highest[name] + (workspace if name == "workspace" else 0) for name in PARTS},
+            phases={phase: peak + workspace for phase, peak in phases.items()},
+            parameters=self.parameters,
+            host_bytes=self.host,
+            assumptions=kernels.assumptions(workload),
+        )
+
+
+# Rehearsal ------------------------------------------------------------------------------------------------------
+
+
+def rehearse(workload: Workload, config: Mapping[str, Any], real: bool = False) -> Rehearsal:
+    """One update of a model of this configuration under the ledger, after the optimizer's state is there.
+
+    Args:
+        real: with tensors that have storage, to compare with.
+    """
+    with contextlib.ExitStack() as stack:
+        model = build(workload, config)
+        stack.enter_context(kernels.emulated(workload))
+        if not real:
+            stack.enter_context(_fake_tensors())
+        materialise(model, workload)
+        return Update(workload, model).run()
+
+
+@contextlib.contextmanager
+def _fake_tensors() -> Iterator[None]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import masking_utils
+
+    # For tracing, transformers keeps a mask of packed sequences where a real run finds that there are none.
+    original = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        masking_utils.find_packed_sequence_indices = original
+
+
+def build(workload: Workload, config: Mapping[str, Any]) -> nn.Module:
+    """The model with its method, on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    loaded = AutoConfig.for_model(**config)
+    loaded.use_cache = False
+    attention = kernels.attention_name(workload)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(loaded, dtype=DTYPES[workload.dtype], attn_implementation=attention)
+        if workload.held_as:
+            from lab.memory.quantised import quantise
+
+            quantise(model, workload, DTYPES[workload.dtype])
+            if workload.preparation == "kbit":
+                from peft import prepare_model_for_kbit_training
+
+                prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        method = "lora" if workload.method == "qlora" else workload.method
+        model = apply_method(model, method, method_options(workload))
+        if workload.held_as and workload.preparation is None:
+            # trl 1.16 trains adapters of a quantised base in bf16, but for DoRA's magnitudes.
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+    if workload.checkpointing:
+        model.activation_checkpointing_enable()
+    return model.train()
+
+
+def method_options(workload: Workload) -> dict[str, Any]:
+    """The method's options as lab.methods takes them."""
+    shape = Architecture.of(workload.config)
+    match workload.method:
+        case "lora" | "dora" | "qlora":
+            targets = workload.targets or shape.default_targets(workload.method)
+            return {"rank": workload.rank, "alpha": workload.alpha, "dropout": workload.dropout, "targets": targets}
+        case "ia3":
+            targets = workload.targets or shape.default_targets("ia3")
+            inner = tuple(t for t in targets if all(m.feedforward for m in shape.matching(t)))
+            return {"targets": targets, "feedforward": inner}
+        case "prompt":
+            return {"virtual_tokens": workload.virtual_tokens}
+        case "prefix":
+            more = {"projection": workload.projection, "encoder_hidden_size": workload.encoder_hidden_size}
+            return {"virtual_tokens": workload.virtual_tokens, **more}
+        case "ptuning":
+            return {"virtual_tokens": workload.virtual_tokens, "encoder_hidden_size": workload.encoder_hidden_size}
+        case _:
+            return {}
+
+
+def materialise(model: nn.Module, workload: Workload) -> None:
+    """Give every parameter and buffer that is on the meta device a tensor of zeros, keeping ties."""
+    if workload.held_as:
+        from lab.memory.quantised import materialise_layer
+
+        for module in model.modules():
+            materialise_layer(module, DTYPES[workload.dtype])
+    made: dict[Tensor, Tensor] = {}
+
+    def instead(tensor: Tensor) -> Tensor:
+        if tensor.device.type != "meta":
+            return tensor
+        if tensor not in made:
+            fresh = torch.zeros(tensor.shape, dtype=tensor.dtype)
+            made[tensor] = nn.Parameter(fresh, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fresh
+        return made[tensor]
+
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = instead(tensor)  # type: ignore[assignment]
+    # PEFT keeps the numbers of virtual tokens in a plain attribute.
+    for name, tokens in getattr(model, "prompt_tokens", {}).items():
+        model.prompt_tokens[name] = instead(tokens)  # type: ignore[operator]
+
+
+class Update:
+    """One update as the Trainer does it: micro-batches, clipping, the optimizer's step, gradients released."""
+
+    def __init__(self, workload: Workload, model: nn.Module) -> None:
+        self.workload, self.model = workload, model
+        self.ledger = kernels.make_ledger(workload)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.layers = _mark_layers(model, self._enter)
+
+    def _enter(self, phase: str, layer: int) -> None:
+        """A layer begins, or what comes before (START) or after (END) the layers in this phase."""
+        edge, last = EDGE * _period(self.workload.config), len(self.layers) - 1
+        if layer < 0:
+            place = "start" if layer == START else "end"
+        elif layer < edge:
+            place = f"+{layer}"
+        elif last - layer < edge:
+            place = f"-{last - layer}"
+        else:
+            place = "between"
+        self.ledger.enter_phase(f"{phase} {place}")
+
+    def run(self) -> Rehearsal:
+        """Rehearse."""
+        ledger = self.ledger
+        ledger.assign(weights(self.model), "weights")
+        optimizer = states.make_optimizer(self.workload, self.model)
+        for parameter in self.trained:
+            parameter.register_post_accumulate_grad_hook(lambda p: ledger.assign([p.grad], "gradients"))
+        with ledger:
+            self._create_state(optimizer)
+            ledger.assign(states.state_tensors(optimizer), "optimizer")
+            if self.workload.device == "cuda":
+                ledger.assign(states.on_host(optimizer), "host")
+            steady = _on_device(ledger.held)
+            ledger.reset()
+            batch = self._batch()
+            for _ in range(min(self.workload.accumulation, 2)):
+                self._forward_and_backward(batch)
+            ledger.part = "temporaries"
+            ledger.enter_phase("step start")
+            self._step(optimizer)
+            ledger.enter_phase("idle")
+        peaks = {name: parts for name, parts in ledger.held_at_peak.items() if name != "idle"}
+        stretches = {(p, place): _on_device(parts) for name, parts in peaks.items() for p, place in [name.split()]}
+        host = states.host_bytes(optimizer)
+        return Rehearsal(stretches, steady, _counts(self.workload, self.model), host)
+
+    def _create_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """A step on gradients of zero, so that the update that is watched finds the optimizer's state."""
+        for parameter in self.trained:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _batch(self) -> dict[str, Tensor]:
+        w = self.workload
+        ids = torch.zeros(w.batch, w.length, dtype=torch.long)
+        batch = {"input_ids": ids, "labels": torch.zeros_like(ids)}
+        self.ledger.assign(batch.values(), "activations")
+        return batch
+
+    def _forward_and_backward(self, batch: dict[str, Tensor]) -> None:
+        self.ledger.part = "activations"
+        self._enter("forward", START)
+        loss = kernels.forward(self.model, self.workload, batch)
+        self.ledger.part = "temporaries"
+        self._enter("backward", START)
+        loss.backward()
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> None:
+        nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _on_device(held: Mapping[str, int]) -> Counter[str]:
+    return Counter({part: size for part, size in held.items() if part != "host"})
+
+
+def _counts(workload: Workload, model: Any) -> dict[str, int]:
+    """`total`, `trainable` and `stored` parameters; of methods with an encoder only what it makes is stored."""
+    counts = parameter_counts(model)
+    stored = counts["total"] if workload.method == "full" else counts["trainable"]
+    if workload.method == "ptuning":
+        stored = workload.virtual_tokens * model.config.hidden_size
+    elif workload.method == "prefix":
+        shape = Architecture.of(workload.config)
+        keys = shape.key_value_heads * shape.head_size
+        stored = workload.virtual_tokens * 2 * model.config.num_hidden_layers * keys
+    return {"total": counts["total"], "trainable": counts["trainable"], "stored": stored}
+
+
+def _mark_layers(model: nn.Module, enter: Any) -> nn.ModuleList:
+    """Say when the forward, and when the backward, pass reaches a layer; also where it is checkpointed.
+
+    A hook would run inside the checkpoint, again in the replay; a subclass's `__call__` stands outside.
+    """
+    layers = next(
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and name.rsplit(".", 1)[-1] in ("layers", "h")
+    )
+
+    for number, layer in enumerate(layers):
+        kind = type(layer)
+
+        def call(self: nn.Module, *args: Any, _kind: Any = kind, _number: int = number, **kwargs: Any) -> Any:
+            enter("forward", _number)
+            output = _kind.__call__(self, *args, **kwargs)
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(lambda grad: enter("backward", _number))
+            if _number == 0:
+                first = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point())
+                if first.requires_grad:
+                    first.register_hook(lambda grad: enter("backward", END))
+            if _number == len(layers) - 1:
+                enter("forward", END)
+            return output
+
+        layer.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+    return layers

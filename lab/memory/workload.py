@@ -1,0 +1,147 @@
+"""What is asked of a memory prediction: a model's configuration, a method, an optimizer, a batch; and the answer.
+
+Nothing here imports torch: `lab fit --quick` answers from arithmetic alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lab.errors import LabError
+from lab.params import Count
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "temporaries", "workspace")
+PHASES = ("forward", "backward", "step")
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of one element."""
+
+
+class Workload(BaseModel):
+    """One training setup, priced for one device. The names and defaults are those of `lab fit --spec`.
+
+    `preparation`, `step` and `targets` left at None mean what the installed libraries do by default.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: dict[str, Any]
+    """As in a config.json."""
+    method: Literal["full", "lora", "qlora", "dora", "ia3", "prompt", "prefix", "ptuning"] = "full"
+    rank: Count = 16
+    alpha: Count = 16
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: tuple[str, ...] | None = None
+    virtual_tokens: Count = 20
+    encoder_hidden_size: Count | None = None
+    projection: bool = False
+    dtype: Dtype = "bf16"
+    amp: Literal["bf16", "fp16"] | None = None
+    quantisation: Literal["nf4", "int8"] | None = None
+    double_quantisation: bool = False
+    preparation: Literal["kbit", "none"] | None = None
+    optimizer: str = "adamw_torch"
+    step: Literal["foreach", "fused", "for-loop"] | None = None
+    batch: Count = 1
+    length: Count = 1024
+    accumulation: Count = 1
+    checkpointing: bool = False
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    loss: Literal["full", "full-shifted", "chunked", "fused"] = "full"
+    inference: bool = False
+    """Weights and KV cache alone, no training."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    gpu: str | None = None
+    vram_gib: float | None = Field(default=None, gt=0)
+
+    @property
+    def held_as(self) -> Literal["nf4", "int8"] | None:
+        """How the base is quantised, also where the method alone says so."""
+        return self.quantisation or ("nf4" if self.method == "qlora" else None)
+
+    @property
+    def attended_by(self) -> Literal["eager", "sdpa", "flash_attention_2"]:
+        """The attention that runs: Gemma 2 caps its scores, which torch's sdpa cannot, and falls back to eager."""
+        return "eager" if self.attention == "sdpa" and self.config.get("model_type") == "gemma2" else self.attention
+
+    @property
+    def stepped_by(self) -> Literal["foreach", "fused", "for-loop"]:
+        """How the optimizer's step goes over the parameters."""
+        if self.step:
+            return self.step
+        return "fused" if self.optimizer == "adamw_torch_fused" else "foreach"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes of device memory, as the CUDA allocator counts what is allocated.
+
+    Attributes:
+        peak_bytes: the highest of an update.
+        steady_bytes: between updates, gradients released.
+        parts: what holds the bytes at the peak, by PARTS.
+        phases: the peak of each of PHASES.
+        parameters: `total`, `trainable`, `stored` in the adapter's file.
+        host_bytes: what a paged optimizer may keep in managed memory, which the device's counters do not see.
+        assumptions: versions, kernels and defaults that were taken.
+    """
+
+    peak_bytes: int
+    steady_bytes: int
+    parts: Mapping[str, int]
+    phases: Mapping[str, int]
+    parameters: Mapping[str, int]
+    host_bytes: int = 0
+    assumptions: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that rises highest."""
+        return max(self.phases, key=self.phases.__getitem__)
+
+
+def check(workload: Workload) -> None:
+    """The options of a workload agree with each other and with the model's shape.
+
+    Raises:
+        LabError: they do not; the message says which and what to choose instead.
+    """
+    from lab.memory.architecture import Architecture
+
+    shape = Architecture.of(workload.config)
+    if workload.held_as and workload.method == "full":
+        raise LabError(
+            f"quantisation: {workload.held_as} weights cannot be trained, and method full trains all. "
+            "Choose qlora, or drop the quantisation."
+        )
+    if workload.method == "qlora" and workload.quantisation == "int8":
+        raise LabError("quantisation: qlora holds the base in nf4, not int8. Choose method lora with int8.")
+    if workload.double_quantisation and workload.held_as != "nf4":
+        raise LabError("double_quantisation: only nf4 has it. Choose quantisation nf4, or drop it.")
+    if workload.preparation == "kbit" and not workload.held_as:
+        raise LabError("preparation: kbit is for a quantised base. Choose quantisation nf4 or int8, or drop it.")
+    tokens = workload.length + (workload.virtual_tokens if workload.method in ("prompt", "ptuning", "prefix") else 0)
+    if shape.positions and tokens > shape.positions:
+        raise LabError(
+            f"length: {tokens} tokens are more than the model's {shape.positions} positions. Shorten the sequences."
+        )
+    if workload.method == "prefix" and workload.checkpointing:
+        raise LabError(
+            "checkpointing: prefix tuning does not run with it in PEFT 0.21 (the replay would write the cache twice). "
+            "Drop one of the two."
+        )
+    if workload.method in ("lora", "qlora", "dora", "ia3"):
+        modules = [
+            m for target in workload.targets or shape.default_targets(workload.method) for m in shape.matching(target)
+        ]
+        if workload.method != "ia3":
+            narrow = min(modules, key=lambda m: min(m.inputs, m.outputs))
+            if workload.rank > min(narrow.inputs, narrow.outputs):
+                raise LabError(
+                    f"rank: {workload.rank} is larger than {narrow.name}, {min(narrow.inputs, narrow.outputs)} wide. Lower it."
+                )
