@@ -181,7 +181,7 @@ def headline(answer: Answer) -> str:
     """The answer in one line."""
     needed = f"needs {gib(answer.shown_bytes)}"
     if answer.card_bytes is None or answer.spare_bytes is None:
-        return f"{needed.capitalize()} on the card. Name one to hear whether it fits: --gpu NAME or --vram GIB."
+        return f"N{needed[1:]} on the card. Name one to hear whether it fits: --gpu NAME or --vram GIB."
     of = f"{needed} of {gib(answer.card_bytes)}"
     if answer.fits:
         return f"Fits: {of}, {gib(answer.spare_bytes)} to spare."

@@ -415,16 +415,18 @@ class Answer:
         if self.card_bytes is None:
             return None
         room, now = usable_bytes(self.card_bytes, self.quick), max(1, getattr(self.workload, name) // grain)
+        most = max(most // grain, now)
 
         def changed(n: int) -> Workload:
             return _with(self.workload, **{name: n * grain})
 
-        hint = None if self.quick else self._hint(changed, room, now, most // grain)
+        hint = None if self.quick else self._hint(changed, room, now, most)
         if hint is not None and not self.confirm:
-            return max(hint, now) if self.fits else min(hint, now - 1)
-        guesses = [now] if hint is None else [now, hint, hint + 1]
+            return grain * (max(hint, now) if self.fits else min(hint, now - 1))
+        known = [now] if changed(now) == self.workload else []
+        guesses = [now] if hint is None else [*known, hint, hint + 1]
         tries = None if self.confirm or self.quick else 2
-        return grain * largest_that_fits(lambda n: self.price(changed(n)), room, guesses, most // grain, tries)
+        return grain * largest_that_fits(lambda n: self.price(changed(n)), room, guesses, most, tries)
 
     def _hint(self, changed: Callable[[int], Workload], room: int, now: int, most: int) -> int | None:
         """The largest n by the closed form, scaled so that it agrees with the simulation about the workload as asked."""
@@ -660,7 +662,7 @@ def _when(applies: Callable[[Workload], bool], **changes: Any) -> Callable[[Work
     return lambda w: [_with(w, **changes)] if applies(w) else []
 
 
-_ACTIVATIONS = ("activations", "logits", "temporaries", "kv_cache")
+_ACTIVATIONS = ("activations", "logits", "temporaries")
 _TRAINED = ("gradients", "optimizer", "temporaries")
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 
@@ -700,7 +702,7 @@ REMEDIES = (
     Remedy(
         "smaller micro-batch",
         _ACTIVATIONS,
-        _halved_batch,
+        lambda w: () if w.inference else _halved_batch(w),
         "none to 1.3x: smaller products fill the card less (rule of thumb)",
         "none: the same update, by accumulation",
     ),
@@ -740,6 +742,13 @@ REMEDIES = (
         "close to LoRA's (Dettmers et al. 2023)",
     ),
     Remedy(
+        "smaller batch",
+        ("kv_cache", "logits"),
+        lambda w: _halved_batch(w) if w.inference else (),
+        "fewer tokens a second in all",
+        "none",
+    ),
+    Remedy(
         "weights in nf4",
         ("weights",),
         _when(lambda w: w.inference and not w.held_as, quantisation="nf4", double_quantisation=True),
@@ -748,7 +757,7 @@ REMEDIES = (
     ),
     Remedy(
         "shorter sequences",
-        _ACTIVATIONS,
+        (*_ACTIVATIONS, "kv_cache"),
         _halved_length,
         "saves time",
         "longer examples are cut or packed anew",
