@@ -579,7 +579,7 @@ def test_a_matrix_in_nf4_holds_the_bytes_that_bitsandbytes_gives_it(double: bool
 def test_a_quantised_base_of_inference_is_smaller_by_what_its_matrices_are() -> None:
     spec = {"model": "llama-3.1-8b", "inference": True}
     sizes = {
-        kind: answer(read_spec({**spec, **more})).prediction.parts["weights"] / GIB
+        kind: answer(read_spec({**spec, **more})).prediction.parts["weights"] / GIB  # type: ignore[dict-item]
         for kind, more in {
             "bf16": {},
             "int8": {"quantisation": "int8"},
