@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 LISTS = ("models", "methods", "optimizers", "gpus")
+ASIDE = ("model", "sweep", "spec", "listed", "quick", "as_json", "snippet", "plot")
+"""The parameters of `fit` that are no key of a specification."""
 BAR = 24
 """Characters of a full bar."""
 
@@ -87,11 +89,7 @@ def fit(
     ),
 ) -> None:
     """Predict peak memory before the run. Exit 0: it fits, or no card was named; 1: it does not; 2: bad input."""
-    given = {"method", "rank", "alpha", "dropout", "targets", "virtual_tokens", "encoder_hidden_size", "projection"}
-    given |= {"dtype", "amp", "quantisation", "double_quantisation", "preparation", "optimizer", "step", "batch"}
-    given |= {"length", "accumulation", "checkpointing", "attention", "loss", "gpu", "vram_gib", "inference"}
-    values = locals()
-    asked = {name: values[name] for name in sorted(given) if values[name] is not None}
+    asked = {name: value for name, value in locals().items() if value is not None and name not in ASIDE}
     names = [word for word in model or () if sweep is None or "=" not in word]
     if listed:
         return _print_list(listed, as_json)
@@ -215,23 +213,19 @@ def _console() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
 
-def describe(name: str, w: Workload) -> str:
-    """The workload in one line."""
+def describe(name: str, w: Workload, swept: bool = False) -> str:
+    """The workload in one line, without its size where that is `swept`."""
     rank = f" rank {w.rank}" if w.method in ("lora", "qlora", "dora") else ""
     base = f" on {w.held_as}" + (" with double quantisation" if w.double_quantisation else "") if w.held_as else ""
+    size = f"{w.batch} x {w.length:,} tokens" + (f" x {w.accumulation}" if w.accumulation > 1 else "")
     card = w.gpu or (f"a card of {w.vram_gib:g} GiB" if w.vram_gib else "")
     if w.inference:
-        words = [f"inference in {w.dtype}{base}", f"{w.batch} x {w.length:,} tokens"]
+        words = [f"inference in {w.dtype}{base}"]
     else:
-        words = [
-            f"{w.method}{rank}{base} in {w.dtype}" + (f" under {w.amp} autocast" if w.amp else ""),
-            f"{w.batch} x {w.length:,} tokens" + (f" x {w.accumulation}" if w.accumulation > 1 else ""),
-            w.optimizer,
-            f"{w.attention} attention",
-            f"{w.loss} loss",
-            *(["checkpointing"] if w.checkpointing else []),
-        ]
-    return ", ".join([name, *words, *([card] if card else [])])
+        amp = f" under {w.amp} autocast" if w.amp else ""
+        words = [f"{w.method}{rank}{base} in {w.dtype}{amp}", w.optimizer, f"{w.attention} attention", f"{w.loss} loss"]
+        words += ["checkpointing"] if w.checkpointing else []
+    return ", ".join([name, *([] if swept else [size]), *words, *([card] if card else [])])
 
 
 def _print_parts(console: Console, answer: Answer) -> None:
@@ -251,12 +245,12 @@ def _print_parts(console: Console, answer: Answer) -> None:
 
 def _details(answer: Answer) -> Iterator[str]:
     """Where the peak is, what trains, what the card shows."""
-    from lab.planner import CONTEXT_BYTES
+    from lab.planner import CONTEXT_BYTES, cautions
 
     p = answer.prediction
     if not answer.workload.inference:
         phases = ", ".join(f"{phase} {gib(peak)}" for phase, peak in p.phases.items())
-        yield f"Peaks in the {p.peak_phase}: {phases}; {gib(p.steady_bytes)} between updates."
+        yield f"Peaks in {p.peak_phase}: {phases}; {gib(p.steady_bytes)} between updates."
         trainable, total = p.parameters["trainable"], p.parameters["total"]
         yield f"Trains {trainable:,} of {total:,} parameters ({trainable / total:.3%}); stores {p.parameters['stored']:,}."
     reserved = answer.shown_bytes - p.peak_bytes - CONTEXT_BYTES
@@ -266,6 +260,8 @@ def _details(answer: Answer) -> Iterator[str]:
     )
     if p.host_bytes:
         yield f"Up to {gib(p.host_bytes)} of paged optimizer state more, which moves to the host when the card is full."
+    for caution in cautions(answer.workload):
+        yield f"Mind: {caution}."
 
 
 def _limits(answer: Answer) -> str:
@@ -306,17 +302,15 @@ def _print_list(what: str, as_json: bool) -> None:
         return
     for row in rows:
         name, *facts = row.values()
-        print(
-            "  ".join(
-                [f"{name:26}", *(f"{fact:>18,}" if isinstance(fact, int) else str(fact) for fact in facts)]
-            ).rstrip()
-        )
+        words = [f"{fact:>18,}" if isinstance(fact, int) else str(fact) for fact in facts]
+        print("  ".join([f"{name:26}", *words]).rstrip())
 
 
 def _rows(what: str) -> Iterator[dict[str, Any]]:
     """What `--list` tells, a dictionary for each line."""
     from lab import planner
     from lab.memory.architecture import Architecture
+    from lab.memory.workload import OPTIMIZERS
     from lab.models import shapes
 
     match what:
@@ -328,7 +322,7 @@ def _rows(what: str) -> Iterator[dict[str, Any]]:
             for gpu in planner.GPUS.values():
                 yield {"name": gpu.name, "total_bytes": gpu.total_bytes, "family": gpu.family}
         case _:
-            for name in planner.methods() if what == "methods" else planner.optimizers():
+            for name in planner.methods() if what == "methods" else OPTIMIZERS:
                 yield {"name": name}
 
 
@@ -357,7 +351,7 @@ def _sweep(
         print(json.dumps([asdict(cell) for cell in found], indent=1))
         return
     card = planner.card_bytes(workload)
-    _print_sweep(describe(name, workload), found, batches, lengths)
+    _print_sweep(describe(name, workload, swept=True), found, batches, lengths)
     draw_sweep(name, found, None if card is None else planner.usable_bytes(card, quick), plot)
     print(f"Plot: {plot}")
 
@@ -369,7 +363,8 @@ def _print_sweep(title: str, found: Sequence[Cell], batches: Sequence[int], leng
 
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(width=200)
-    table = Table(title=f"Peak, GiB allocated ({title})", title_justify="left", caption_justify="left")
+    print(f"Peak, GiB allocated: {title}")
+    table = Table(caption_justify="left")
     table.add_column("length", justify="right")
     for batch in batches:
         table.add_column(f"batch {batch}", justify="right")
@@ -407,7 +402,7 @@ def draw_sweep(name: str, found: Sequence[Cell], usable_bytes: int | None, path:
         colour = shades(0.2 + 0.8 * number / max(1, len(lines) - 1))
         axes.plot(x, y, marker="o", markersize=4, color=colour, label=f"{line_of} {value:,}")
     if usable_bytes is not None:
-        axes.axhline(usable_bytes / GIB, color="black", linestyle="--", linewidth=1, label="all that fits")
+        axes.axhline(usable_bytes / GIB, color="black", linestyle="--", linewidth=1, label="the card's limit")
     axes.set(title=f"{name}: predicted peak", xlabel=across, ylabel="GiB allocated", xscale="log", yscale="log")
     for axis, ticks in ((axes.xaxis, lengths if across == "length" else batches), (axes.yaxis, None)):
         axis.set_major_formatter("{x:,.4g}")

@@ -13,32 +13,35 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
 from lab.errors import LabError, nearest, unknown
 from lab.memory.architecture import SLIDING, Architecture
-from lab.memory.workload import BYTES, PARTS, PHASES, Prediction, Workload, check
+from lab.memory.workload import BYTES, OPTIMIZERS, PARTS, PHASES, Prediction, Workload, check, workspace_bytes
 from lab.params import parse
 
 GIB = 2**30
-MIB = 2**20
 
 
 # Cards ----------------------------------------------------------------------------------------------------------
 
-CONTEXT_BYTES = round(0.6 * GIB)
-"""What CUDA takes beside torch's allocator: context, loaded kernels.
+CONTEXT_BYTES = round(0.7 * GIB)
+"""What CUDA takes beside torch's allocator: context, loaded kernels. An assumption, not measured by this lab.
 
-Of 16 out-of-memory reports on GitHub that say what the process held and what torch had reserved, a T4 lost 0.12 GiB, an
-RTX 4090, L40 or L40S 0.42 to 0.51, an RTX 5090 0.58 to 0.60. The highest is taken, so that the error is "does not fit".
+25 out-of-memory reports on GitHub say what the process held, what was allocated and what reserved. The difference is 0.12
+GiB on a T4, 0.2 to 0.4 on an A10, A4000 or V100, 0.42 to 0.51 on an RTX 4090, L40 or L40S, 0.6 on an RTX 5090, 0.66 on an
+H100; five held 1 to 4 GiB more, for other libraries or several cards. The highest of the others, rounded up, errs on the
+side of "does not fit".
 """
 
 RESERVED_SHARE = 0.03
 """What torch holds beyond what is allocated at the peak: blocks that are cut too small. A share of the peak.
 
-The same reports, written when a card was full and the cache had been given back, show 0 to 4.6 %, half of them less than
-2 %. Batches of one shape, which is what is priced, waste less than those of many shapes.
+An assumption too: in the same reports, written when the card was full and the cache had been given back, half show at
+most 2.2 %, three quarters 4.3 %, one 40 %. Most are of batches of many shapes; those of one shape, which is what is priced,
+waste less.
 """
 
 DRIVER_SHARE = 0.02
@@ -57,28 +60,24 @@ class Gpu:
     total_bytes: int
     family: str
 
-    @property
-    def workspace_bytes(self) -> int:
-        """What one cuBLAS handle takes: 32 MiB on Hopper and on the data centre's Blackwell, else 8.125 MiB."""
-        return 32 * MIB if self.name.startswith(("H", "B")) else 8 * MIB + 128 * 1024
-
 
 def _gpus(family: str, **gib: float) -> list[Gpu]:
     return [Gpu(name.replace("_", "-"), int(size * GIB), family) for name, size in gib.items()]
 
 
-# The lowest figure that the messages of torch ("GPU 0 has a total capacity of ...") show for a card under Linux.
+# As torch's out-of-memory messages on GitHub give it ("GPU 0 has a total capacity of ..."), the lowest found under Linux
+# rounded down; for the A40, A6000, L4 and B200 none was found, and the share that cards like them lose is taken.
 GPUS = {
     gpu.name: gpu
     for gpu in (
         *_gpus("Volta", V100_16GB=15.77, V100_32GB=31.73),
         *_gpus("Turing", T4=14.56),
-        *_gpus("Ampere", RTX_3060=11.63, RTX_3090=23.66, A10=21.98, A10G=21.98, A30=23.50, A40=44.34, A6000=47.43),
+        *_gpus("Ampere", RTX_3060=11.74, RTX_3090=23.66, A10=21.98, A10G=21.98, A30=23.52, A40=44.3, A6000=47.4),
         *_gpus("Ampere", A100_40GB=39.38, A100_80GB=79.14),
-        *_gpus("Ada", RTX_4060_Ti_16GB=15.58, RTX_4080=15.58, RTX_4090=23.52, RTX_6000_Ada=47.38),
-        *_gpus("Ada", L4=21.95, L40=44.39, L40S=44.39),
-        *_gpus("Hopper", H100_80GB=79.10, H100_NVL_94GB=93.00, H200_141GB=139.71),
-        *_gpus("Blackwell", RTX_5090=31.34, B200_180GB=178.30),
+        *_gpus("Ada", RTX_4060_Ti_16GB=15.6, RTX_4080=15.6, RTX_4090=23.52, RTX_6000_Ada=44.42),
+        *_gpus("Ada", L4=21.9, L40=44.39, L40S=44.39),
+        *_gpus("Hopper", H100_80GB=79.1, H100_NVL_94GB=93.0, H200_141GB=139.71),
+        *_gpus("Blackwell", RTX_5090=31.35, B200_180GB=178.0),
     )
 }
 """The cards by name."""
@@ -116,6 +115,21 @@ def card_bytes(workload: Workload) -> int | None:
         total = find_gpu(workload.gpu).total_bytes
         return total if size is None else min(total, size)
     return None if size is None else int(size * (1 - DRIVER_SHARE))
+
+
+def cautions(workload: Workload) -> list[str]:
+    """Where the card cannot do what is priced."""
+    gpu = find_gpu(workload.gpu) if workload.gpu else None
+    if not gpu or gpu.family not in ("Volta", "Turing"):
+        return []
+    found = []
+    if "bf16" in (workload.dtype, workload.amp):
+        found.append(
+            f"{gpu.name} ({gpu.family}) has no arithmetic in bf16; torch emulates it, slowly; fp16 is fast there"
+        )
+    if workload.attention != "eager" and not workload.inference:
+        found.append(f"the flash kernels that are priced need Ampere; on {gpu.name} other kernels may take more")
+    return found
 
 
 def usable_bytes(total_bytes: int, quick: bool = False) -> int:
@@ -189,13 +203,6 @@ def methods() -> tuple[str, ...]:
     return _choices("method")
 
 
-def optimizers() -> tuple[str, ...]:
-    """The Trainer's names of optimizers whose state is known."""
-    from lab.memory.optimizer_states import OPTIMIZERS
-
-    return OPTIMIZERS
-
-
 # Configurations -------------------------------------------------------------------------------------------------
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -239,14 +246,25 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _download_config(name: str) -> Path:
-    """The config.json of a hub repository at revision main; nothing else is downloaded."""
-    from huggingface_hub import errors, hf_hub_download
+    """The config.json of a hub repository at revision main, or the cached one where the hub cannot be reached.
+
+    Nothing else is downloaded.
+    """
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    choice = "or choose a bundled model (lab fit --list models) or a path to a config.json."
+    what: dict[str, str] = {"repo_id": name, "filename": "config.json", "revision": "main"}
     try:
-        return Path(hf_hub_download(name, "config.json", revision="main"))
+        reachable = True
+        try:
+            # Fails at once where the download itself would try for 23 s.
+            get_hf_file_metadata(hf_hub_url(**what), timeout=10)
+        except (errors.HfHubHTTPError, errors.HFValidationError):
+            raise
+        except Exception:  # whatever the client's transport raises
+            reachable = False
+        return Path(hf_hub_download(**what, local_files_only=not reachable))
     except errors.GatedRepoError:
         reason = "access to it must be asked for on the hub; log in with `hf auth login`"
     except errors.RepositoryNotFoundError:
@@ -255,10 +273,10 @@ def _download_config(name: str) -> Path:
         reason = "it has no config.json (an adapter, or GGUF files alone?). Name the base model"
     except errors.HFValidationError:
         reason = "this is not how the hub names a repository (owner/name). Correct it"
-    except errors.LocalEntryNotFoundError:
-        reason = "the hub cannot be reached. Connect to it"
-    except Exception as error:  # whatever the client's transport raises
-        reason = f"the hub cannot be reached, or broke off ({type(error).__name__}). Connect to it"
+    except Exception as error:
+        kind = "" if isinstance(error, errors.LocalEntryNotFoundError) else f", or broke off ({type(error).__name__})"
+        reason = f"the hub cannot be reached{kind}. Connect to it"
+    choice = "or choose a bundled model (lab fit --list models) or a path to a config.json."
     raise LabError(f"hub: {name} at revision main: {reason}, {choice}")
 
 
@@ -274,24 +292,23 @@ def predict(workload: Workload, quick: bool = False) -> Prediction:
     if workload.inference:
         return predict_inference(workload)
     check(workload)
+    if workload.optimizer not in OPTIMIZERS:
+        raise unknown("optimizer", workload.optimizer, OPTIMIZERS)
+    engine = "closed_form" if quick else "simulation"
     try:
-        if quick:
-            raise LabError("quick: the closed form is not built yet. Drop it: a simulation takes some seconds.")
-        from lab.memory import simulation
-
-        return simulation.predict(workload)
+        return import_module(f"lab.memory.{engine}").predict(workload)
     except LabError:
         raise
     except Exception as error:
         first = (str(error).splitlines() or ["no reason given"])[0]
-        raise LabError(f"simulation: cannot price this: {type(error).__name__}: {first}") from error
+        raise LabError(f"{engine.replace('_', ' ')}: cannot price this: {type(error).__name__}: {first}") from error
 
 
 def predict_inference(workload: Workload) -> Prediction:
     """Weights and a full key-value cache, in closed form: decoding the last token of `length`, adapters merged.
 
     Cache: 2 (keys and values) x key-value heads x head size x bytes x batch x tokens, over the layers; a layer with a
-    sliding window keeps no more tokens than that. A quantised base: see `_matrix_bytes`.
+    sliding window keeps no more tokens than that. A quantised base: see `_nf4_bytes`; int8 takes a byte, and 4 for each output.
 
     Raises:
         LabError: more tokens than the model has positions, or nested scales without nf4.
@@ -320,7 +337,7 @@ def predict_inference(workload: Workload) -> Prediction:
     )
     cache = 2 * shape.key_value_heads * shape.head_size * width * workload.batch * tokens
     logits = workload.batch * shape.vocabulary * (width + BYTES["fp32"])
-    workspace = _workspace_bytes(workload)
+    workspace = workspace_bytes(workload)
     parts = {**dict.fromkeys(PARTS, 0), "weights": weights, "logits": logits, "workspace": workspace, "kv_cache": cache}
     peak = sum(parts.values())
     return Prediction(
@@ -344,13 +361,6 @@ def _nf4_bytes(elements: int, double: bool) -> int:
     scales = math.ceil(elements / 64)
     nested = scales + 4 * math.ceil(scales / 256) + 4 * 256 + 4
     return math.ceil(elements / 2) + (nested if double else 4 * scales) + 4 * 16
-
-
-def _workspace_bytes(workload: Workload) -> int:
-    """What cuBLAS keeps for the one thread that multiplies matrices in inference."""
-    if workload.device == "cpu":
-        return 0
-    return (find_gpu(workload.gpu) if workload.gpu else GPUS["T4"]).workspace_bytes
 
 
 # Answers --------------------------------------------------------------------------------------------------------
@@ -465,6 +475,7 @@ class Answer:
             **{name: getattr(w, name) for name in names},
             "targets": list(targets),
             "slack": f"torch reserves {_slack(self.quick):.0%} more than is allocated at the peak",
+            "cautions": cautions(w),
             "context": f"CUDA takes {CONTEXT_BYTES / GIB:.1f} GiB outside torch's allocator",
         }
 

@@ -18,11 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lab.memory.part_ledger import AllocatorLedger, PartLedger
-from lab.memory.workload import Workload
+from lab.memory.workload import MIB, Workload, workspace_bytes
 
-MIB = 2**20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HOPPER = ("H100", "H200", "GH200", "B100", "B200", "GB200")
 FLASH = "lab_fa2"
 
 
@@ -35,14 +33,6 @@ def make_ledger(workload: Workload) -> PartLedger:
     config = workload.config.get("text_config", workload.config)
     ledger.logits_width = config["vocab_size"]
     return ledger
-
-
-def workspace_bytes(workload: Workload) -> int:
-    """cuBLAS keeps a workspace for each thread that multiplies matrices: forward's, and autograd's in training."""
-    if workload.device == "cpu":
-        return 0
-    one = 32 * MIB if (workload.gpu or "").upper().startswith(HOPPER) else 8 * MIB + 128 * 1024
-    return one if workload.inference else 2 * one
 
 
 def assumptions(workload: Workload) -> dict[str, Any]:

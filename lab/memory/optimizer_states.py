@@ -1,6 +1,6 @@
 """Optimizers by their Trainer names, for the simulation: torch's and transformers' own classes, and a model of bitsandbytes'.
 
-bitsandbytes' kernels update in place; what counts is the state that they keep, which `Blockwise` allocates by the same
+bitsandbytes' kernels update in place; what counts is the state that they keep, which `BlockwiseState` allocates by the same
 rules and without its import of several seconds. Tests compare it with the real optimizers.
 
 Source: bitsandbytes 0.50.2, optim/optimizer.py; transformers 5.23, trainer.py (`create_optimizer`) and trainer_optimizer.py.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lab.errors import LabError, unknown
 from lab.memory.ledger import tensors_in
-from lab.memory.workload import Workload
+from lab.memory.workload import BLOCKWISE, OPTIMIZERS, Blockwise, Workload
 
 SMALL = 4096
 """Tensors of fewer elements keep their state in 32 bits."""
@@ -25,31 +25,6 @@ BLOCK = 256
 
 UNPAGED = 100_000
 """State tensors of fewer elements are not paged."""
-
-STATES = {"adamw": 2, "lion": 1, "rmsprop": 1, "ademamix": 3}
-"""How many values bitsandbytes keeps for each parameter."""
-
-BLOCKWISE: dict[str, tuple[str, int, bool]] = {
-    "adamw_bnb_8bit": ("adamw", 8, False),
-    "adamw_8bit": ("adamw", 8, False),
-    "paged_adamw_8bit": ("adamw", 8, True),
-    "paged_adamw_32bit": ("adamw", 32, True),
-    "lion_8bit": ("lion", 8, False),
-    "lion_32bit": ("lion", 32, False),
-    "paged_lion_8bit": ("lion", 8, True),
-    "paged_lion_32bit": ("lion", 32, True),
-    "rmsprop_bnb": ("rmsprop", 32, False),
-    "rmsprop_bnb_8bit": ("rmsprop", 8, False),
-    "rmsprop_bnb_32bit": ("rmsprop", 32, False),
-    "ademamix": ("ademamix", 32, False),
-    "ademamix_8bit": ("ademamix", 8, False),
-    "paged_ademamix_32bit": ("ademamix", 32, True),
-    "paged_ademamix_8bit": ("ademamix", 8, True),
-}
-"""bitsandbytes' optimizers by Trainer name: which, bits, paged."""
-
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor", *BLOCKWISE)
-"""The Trainer's names that the simulation has a model of."""
 
 
 def make_optimizer(workload: Workload, model: nn.Module) -> torch.optim.Optimizer:
@@ -62,7 +37,7 @@ def make_optimizer(workload: Workload, model: nn.Module) -> torch.optim.Optimize
     kinds: dict[str, Any] = {"foreach": step == "foreach", "fused": step == "fused"}
     if name in BLOCKWISE:
         embeddings: set[Tensor] = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-        return Blockwise(groups, *BLOCKWISE[name], embeddings)
+        return BlockwiseState(groups, BLOCKWISE[name], embeddings)
     match name:
         case "adamw_torch" | "adamw_torch_fused":
             return torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.0, **kinds)
@@ -91,12 +66,12 @@ def _groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": group, "weight_decay": 0.0} for group in groups if group]
 
 
-class Blockwise(torch.optim.Optimizer):
+class BlockwiseState(torch.optim.Optimizer):
     """The state that an optimizer of bitsandbytes keeps, and no arithmetic."""
 
-    def __init__(self, params: Any, kind: str, bits: int, paged: bool, embeddings: set[Tensor]) -> None:
+    def __init__(self, params: Any, kind: Blockwise, embeddings: set[Tensor]) -> None:
         super().__init__(params, {})
-        self.values, self.bits, self.paged, self.embeddings = STATES[kind], bits, paged, embeddings
+        self.kind, self.embeddings = kind, embeddings
         self.host_bytes = 0
         self.tables: list[Tensor] = []
 
@@ -110,13 +85,13 @@ class Blockwise(torch.optim.Optimizer):
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
         elements = parameter.numel()
-        in_bytes = self.bits == 8 and elements >= SMALL and parameter not in self.embeddings
+        in_bytes = self.kind.bits == 8 and elements >= SMALL and parameter not in self.embeddings
         dtype = torch.uint8 if in_bytes else torch.float32
         # AdEMAMix keeps its two first moments in one tensor.
-        sizes = [2 * elements, elements] if self.values == 3 else [elements] * self.values
+        sizes = [2 * elements, elements] if self.kind.values == 3 else [elements] * self.kind.values
         state: dict[str, Any] = {}
         for number, size in enumerate(sizes, start=1):
-            if self.paged and size >= UNPAGED:
+            if self.kind.paged and size >= UNPAGED:
                 self.host_bytes += size * dtype.itemsize
             else:
                 state[f"state{number}"] = torch.zeros(size, dtype=dtype)

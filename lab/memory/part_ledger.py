@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from torch import Tensor, UntypedStorage
 
 from lab.memory.ledger import Ledger, _Entry, storages_of
-
-MIB = 2**20
+from lab.memory.workload import allocated_bytes
 
 
 class PartLedger(Ledger):
@@ -74,18 +73,8 @@ class PartLedger(Ledger):
 
 
 class AllocatorLedger(PartLedger):
-    """Rounds as torch's CUDA allocator does.
-
-    Multiples of 512 bytes; from 10 MiB on a request gets a segment of whole 2 MiB, and keeps what is left of it where
-    that is at most 1 MiB.
-
-    Source: c10/cuda/CUDACachingAllocator.cpp of torch 2.13 (`round_size`, `get_allocation_size`, `should_split`).
-    """
+    """Rounds as torch's CUDA allocator does."""
 
     def round(self, size: int) -> int:
         """Bytes that the allocator counts as allocated for a request."""
-        size = -(-size // 512) * 512
-        if size < 10 * MIB:
-            return size
-        segment = -(-size // (2 * MIB)) * 2 * MIB
-        return segment if segment - size <= MIB else size
+        return allocated_bytes(size)

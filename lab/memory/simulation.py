@@ -27,7 +27,7 @@ from lab.memory import optimizer_states as states
 from lab.memory.architecture import Architecture
 from lab.memory.ledger import weights
 from lab.memory.measurement import parameter_counts
-from lab.memory.workload import PARTS, PHASES, Prediction, Workload, check
+from lab.memory.workload import PARTS, PHASES, Prediction, Workload, check, workspace_bytes
 from lab.methods import apply_method
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -110,7 +110,7 @@ class Rehearsal:
 
     def prediction(self, workload: Workload) -> Prediction:
         """The answer: the highest stretch of each phase, and the parts at the highest of all."""
-        workspace = kernels.workspace_bytes(workload)
+        workspace = workspace_bytes(workload)
         phases = {p: max(c.total() for (phase, _), c in self.stretches.items() if phase == p) for p in PHASES}
         highest = max(self.stretches.values(), key=lambda parts: parts.total())
         return Prediction(

@@ -135,6 +135,12 @@ def check(workload: Workload) -> None:
             "checkpointing: prefix tuning does not run with it in PEFT 0.21 (the replay would write the cache twice). "
             "Drop one of the two."
         )
+    one_type = workload.dtype == "fp32" or workload.amp is not None or workload.preparation == "kbit"
+    if workload.method == "ia3" and workload.held_as and not one_type:
+        raise LabError(
+            "preparation: IA3 on a quantised 16-bit base gives attention mixed types and does not run in PEFT 0.21. "
+            "Choose preparation kbit, or amp bf16."
+        )
     if workload.method in ("lora", "qlora", "dora", "ia3"):
         modules = [
             m for target in workload.targets or shape.default_targets(workload.method) for m in shape.matching(target)
@@ -145,3 +151,70 @@ def check(workload: Workload) -> None:
                 raise LabError(
                     f"rank: {workload.rank} is larger than {narrow.name}, {min(narrow.inputs, narrow.outputs)} wide. Lower it."
                 )
+
+
+# What the device adds -----------------------------------------------------------------------------------------------
+
+MIB = 2**20
+HOPPER = ("H100", "H200", "GH200", "B100", "B200", "GB200")
+
+
+def allocated_bytes(size: int) -> int:
+    """Bytes that torch's CUDA allocator counts as allocated for a request.
+
+    Multiples of 512 bytes; from 10 MiB on a request gets a segment of whole 2 MiB, and keeps what is left of it where
+    that is at most 1 MiB.
+
+    Source: c10/cuda/CUDACachingAllocator.cpp of torch 2.13 (`round_size`, `get_allocation_size`, `should_split`).
+    """
+    size = -(-size // 512) * 512
+    if size < 10 * MIB:
+        return size
+    segment = -(-size // (2 * MIB)) * 2 * MIB
+    return segment if segment - size <= MIB else size
+
+
+def workspace_bytes(workload: Workload) -> int:
+    """cuBLAS keeps a workspace for each thread that multiplies matrices: forward's, and autograd's in training.
+
+    8.125 MiB each, 32 MiB from Hopper on (aten/src/ATen/cuda/CublasHandlePool.cpp).
+    """
+    if workload.device == "cpu":
+        return 0
+    one = 32 * MIB if (workload.gpu or "").upper().startswith(HOPPER) else 8 * MIB + 128 * 1024
+    return one if workload.inference else 2 * one
+
+
+# Optimizers ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Blockwise:
+    """An optimizer of bitsandbytes: how many values it keeps for each element, in how many bits, whether paged."""
+
+    values: int
+    bits: int
+    paged: bool = False
+
+
+BLOCKWISE = {
+    "adamw_bnb_8bit": Blockwise(2, 8),
+    "adamw_8bit": Blockwise(2, 8),
+    "paged_adamw_8bit": Blockwise(2, 8, paged=True),
+    "paged_adamw_32bit": Blockwise(2, 32, paged=True),
+    "lion_8bit": Blockwise(1, 8),
+    "lion_32bit": Blockwise(1, 32),
+    "paged_lion_8bit": Blockwise(1, 8, paged=True),
+    "paged_lion_32bit": Blockwise(1, 32, paged=True),
+    "rmsprop_bnb": Blockwise(1, 32),
+    "rmsprop_bnb_8bit": Blockwise(1, 8),
+    "rmsprop_bnb_32bit": Blockwise(1, 32),
+    "ademamix": Blockwise(3, 32),
+    "ademamix_8bit": Blockwise(3, 8),
+    "paged_ademamix_32bit": Blockwise(3, 32, paged=True),
+    "paged_ademamix_8bit": Blockwise(3, 8, paged=True),
+}
+"""bitsandbytes' optimizers by Trainer name."""
+
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor", *BLOCKWISE)
+"""The Trainer's names that have a model of their state."""

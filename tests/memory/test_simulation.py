@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from lab.errors import LabError
 from lab.memory import kernels
-from lab.memory.optimizer_states import BLOCKWISE
 from lab.memory.simulation import Rehearsal, predict, rehearse
-from lab.memory.workload import PARTS, Workload
+from lab.memory.workload import BLOCKWISE, PARTS, Workload
 from lab.models import shapes
 
 GIB = 2**30
@@ -228,6 +227,7 @@ def test_the_state_is_that_of_the_real_optimizer(name: str) -> None:
         ({"method": "lora", "rank": 64}, "rank: 64 is larger than"),
         ({"method": "lora", "targets": ["q_prj"]}, "unknown target module 'q_prj'. Did you mean 'q_proj'?"),
         ({"method": "prefix", "checkpointing": True}, "checkpointing: prefix tuning does not run with it"),
+        ({"method": "ia3", "quantisation": "nf4", "dtype": "bf16"}, "preparation: IA3 on a quantised 16-bit base"),
         ({"optimizer": "galore_adamw"}, "unknown optimizer 'galore_adamw'"),
         ({"shape": {"model_type": "bert"}}, "model_type"),
     ],
