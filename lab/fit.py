@@ -103,6 +103,7 @@ def fit(
         raise LabError(f"{found}. Give one: lab fit MODEL. See lab fit --list models.")
 
     from lab import planner
+    from lab.snippet import snippet as training_code
 
     workload = planner.read_spec({**asked, "model": names[0]})
     if sweep is not None:
@@ -110,10 +111,10 @@ def fit(
         return _sweep(names[0], workload, ranges, quick, as_json, plot)
     answer = planner.answer(workload, quick)
     if as_json:
-        code = {"snippet": planner.snippet(workload, names[0])} if snippet else {}
+        code = {"snippet": training_code(workload, names[0])} if snippet else {}
         print(json.dumps(answer.as_dict() | code, indent=1))
     elif snippet:
-        print(f"# {headline(answer)}\n{planner.snippet(workload, names[0])}", end="")
+        print(f"# {headline(answer)}\n{training_code(workload, names[0])}", end="")
     else:
         _print_answer(names[0], answer)
     raise typer.Exit(1 if answer.fits is False else 0)
@@ -230,7 +231,7 @@ def describe(name: str, w: Workload, swept: bool = False) -> str:
 
 def _print_parts(console: Console, answer: Answer) -> None:
     """A bar for each part of what the card will show."""
-    from lab.planner import CONTEXT_BYTES
+    from lab.cards import CONTEXT_BYTES
 
     peak = answer.prediction.peak_bytes
     parts = {name.replace("_", " "): size for name, size in answer.prediction.parts.items() if size > 2**20}
@@ -245,7 +246,7 @@ def _print_parts(console: Console, answer: Answer) -> None:
 
 def _details(answer: Answer) -> Iterator[str]:
     """Where the peak is, what trains, what the card shows."""
-    from lab.planner import CONTEXT_BYTES, cautions
+    from lab.cards import CONTEXT_BYTES, cautions
 
     p = answer.prediction
     if not answer.workload.inference:
@@ -309,6 +310,7 @@ def _print_list(what: str, as_json: bool) -> None:
 def _rows(what: str) -> Iterator[dict[str, Any]]:
     """What `--list` tells, a dictionary for each line."""
     from lab import planner
+    from lab.cards import GPUS
     from lab.memory.architecture import Architecture
     from lab.memory.workload import OPTIMIZERS
     from lab.models import shapes
@@ -319,7 +321,7 @@ def _rows(what: str) -> Iterator[dict[str, Any]]:
             for name, shape in sorted(found.items(), key=lambda entry: entry[1].parameters()):
                 yield {"name": name, "parameters": shape.parameters(), "kind": shape.kind}
         case "gpus":
-            for gpu in planner.GPUS.values():
+            for gpu in GPUS.values():
                 yield {"name": gpu.name, "total_bytes": gpu.total_bytes, "family": gpu.family}
         case _:
             for name in planner.methods() if what == "methods" else OPTIMIZERS:
@@ -335,6 +337,7 @@ def _sweep(
     from rich.progress import track
 
     from lab import planner
+    from lab.cards import card_bytes, usable_bytes
 
     batches, lengths = ranges["batch"], ranges["length"]
     found = list(
@@ -350,9 +353,9 @@ def _sweep(
     if as_json:
         print(json.dumps([asdict(cell) for cell in found], indent=1))
         return
-    card = planner.card_bytes(workload)
+    card = card_bytes(workload)
     _print_sweep(describe(name, workload, swept=True), found, batches, lengths)
-    draw_sweep(name, found, None if card is None else planner.usable_bytes(card, quick), plot)
+    draw_sweep(name, found, None if card is None else usable_bytes(card, quick), plot)
     print(f"Plot: {plot}")
 
 

@@ -17,134 +17,34 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
+from lab.cards import (
+    CONTEXT_BYTES,
+    DRIVER_SHARE,
+    GIB,
+    GPUS,
+    card_bytes,
+    cautions,
+    find_gpu,
+    shown_bytes,
+    slack,
+    usable_bytes,
+)
 from lab.errors import LabError, nearest, unknown
-from lab.memory.architecture import SLIDING, Architecture
-from lab.memory.workload import BYTES, OPTIMIZERS, PARTS, PHASES, Prediction, Workload, check, workspace_bytes
+from lab.memory.architecture import Architecture
+from lab.memory.workload import (
+    BYTES,
+    PARTS,
+    PHASES,
+    Prediction,
+    Workload,
+    check,
+    check_length,
+    check_scales,
+    nf4_tensors,
+    targets_of,
+    workspace_bytes,
+)
 from lab.params import parse
-
-GIB = 2**30
-
-
-# Cards ----------------------------------------------------------------------------------------------------------
-
-CONTEXT_BYTES = round(0.7 * GIB)
-"""What CUDA takes beside torch's allocator: context, loaded kernels. An assumption, not measured by this lab.
-
-25 out-of-memory reports on GitHub say what the process held, what was allocated and what reserved. The difference is 0.12
-GiB on a T4, 0.2 to 0.4 on an A10, A4000 or V100, 0.42 to 0.51 on an RTX 4090, L40 or L40S, 0.6 on an RTX 5090, 0.66 on an
-H100; five held 1 to 4 GiB more, for other libraries or several cards. The highest of the others, rounded up, errs on the
-side of "does not fit".
-"""
-
-RESERVED_SHARE = 0.03
-"""What torch holds beyond what is allocated at the peak: blocks that are cut too small. A share of the peak.
-
-An assumption too: in the same reports, written when the card was full and the cache had been given back, half show at
-most 2.2 %, three quarters 4.3 %, one 40 %. Most are of batches of many shapes; those of one shape, which is what is priced,
-waste less.
-"""
-
-DRIVER_SHARE = 0.02
-"""What a card of G GiB lacks of them once its driver has started: 1 % (A100, H100) to 2.5 % (RTX, 16 GB); taken off
-where a card is known by its size alone. Cards with error correction in their memory lack up to 8 %: name those (--gpu)."""
-
-CLOSED_FORM_ERROR = 0.03
-"""How far the closed form may be from the simulation; added where it alone decides whether something fits."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A card. `total_bytes` is what the driver gives to programs: `torch.cuda.get_device_properties(0).total_memory`."""
-
-    name: str
-    total_bytes: int
-    family: str
-
-
-def _gpus(family: str, **gib: float) -> list[Gpu]:
-    return [Gpu(name.replace("_", "-"), int(size * GIB), family) for name, size in gib.items()]
-
-
-# As torch's out-of-memory messages on GitHub give it ("GPU 0 has a total capacity of ..."), the lowest found under Linux
-# rounded down; for the A40, A6000, L4 and B200 none was found, and the share that cards like them lose is taken.
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        *_gpus("Volta", V100_16GB=15.77, V100_32GB=31.73),
-        *_gpus("Turing", T4=14.56),
-        *_gpus("Ampere", RTX_3060=11.74, RTX_3090=23.66, A10=21.98, A10G=21.98, A30=23.52, A40=44.3, A6000=47.4),
-        *_gpus("Ampere", A100_40GB=39.38, A100_80GB=79.14),
-        *_gpus("Ada", RTX_4060_Ti_16GB=15.6, RTX_4080=15.6, RTX_4090=23.52, RTX_6000_Ada=44.42),
-        *_gpus("Ada", L4=21.9, L40=44.39, L40S=44.39),
-        *_gpus("Hopper", H100_80GB=79.1, H100_NVL_94GB=93.0, H200_141GB=139.71),
-        *_gpus("Blackwell", RTX_5090=31.35, B200_180GB=178.0),
-    )
-}
-"""The cards by name."""
-
-_MAKER = re.compile(r"nvidia|geforce|tesla|rtx|sxm\d?|pcie|hbm\d?e?|[^a-z0-9]")
-
-
-def find_gpu(name: str) -> Gpu:
-    """A card of the table, by its name in any case, with or without its maker's words (`NVIDIA A100-SXM4-80GB`).
-
-    Raises:
-        LabError: there is none, or there are several; the message names the nearest.
-    """
-    short = {_MAKER.sub("", known.lower()): gpu for known, gpu in GPUS.items()}
-    asked = _MAKER.sub("", name.lower())
-    found = [gpu for known, gpu in short.items() if known == asked] or [
-        gpu for known, gpu in short.items() if asked and known.startswith(asked) and known[len(asked) :].endswith("gb")
-    ]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise LabError(f"gpu: '{name}' may be {' or '.join(gpu.name for gpu in found)}. Name one of them.")
-    guess = nearest(asked, short)
-    hint = f"Did you mean '{short[guess].name}'? " if guess else ""
-    raise LabError(f"unknown gpu '{name}'. {hint}Known: {', '.join(GPUS)}; for another give its size: --vram GIB.")
-
-
-def card_bytes(workload: Workload) -> int | None:
-    """Memory of the workload's card as programs see it, in bytes; None if it names none.
-
-    A size given beside a name can only lower it, as a part of a card does.
-    """
-    size = None if workload.vram_gib is None else int(workload.vram_gib * GIB)
-    if workload.gpu:
-        total = find_gpu(workload.gpu).total_bytes
-        return total if size is None else min(total, size)
-    return None if size is None else int(size * (1 - DRIVER_SHARE))
-
-
-def cautions(workload: Workload) -> list[str]:
-    """Where the card cannot do what is priced."""
-    gpu = find_gpu(workload.gpu) if workload.gpu else None
-    if not gpu or gpu.family not in ("Volta", "Turing"):
-        return []
-    found = []
-    if "bf16" in (workload.dtype, workload.amp):
-        found.append(
-            f"{gpu.name} ({gpu.family}) has no arithmetic in bf16; torch emulates it, slowly; fp16 is fast there"
-        )
-    if workload.attention != "eager" and not workload.inference:
-        found.append(f"the flash kernels that are priced need Ampere; on {gpu.name} other kernels may take more")
-    return found
-
-
-def usable_bytes(total_bytes: int, quick: bool = False) -> int:
-    """The highest predicted peak that a card of so many bytes takes; the prediction is of the closed form if `quick`."""
-    return int((total_bytes - CONTEXT_BYTES) / (1 + _slack(quick)))
-
-
-def shown_bytes(peak_bytes: int, quick: bool = False) -> int:
-    """What the card shows (nvidia-smi) at a predicted peak: that, what torch reserves beyond it, and the context."""
-    return peak_bytes + math.ceil(_slack(quick) * peak_bytes) + CONTEXT_BYTES
-
-
-def _slack(quick: bool) -> float:
-    return RESERVED_SHARE + (CLOSED_FORM_ERROR if quick else 0)
-
 
 # From a specification to a workload ----------------------------------------------------------------------------
 
@@ -291,9 +191,7 @@ def predict(workload: Workload, quick: bool = False) -> Prediction:
     """
     if workload.inference:
         return predict_inference(workload)
-    check(workload)
-    if workload.optimizer not in OPTIMIZERS:
-        raise unknown("optimizer", workload.optimizer, OPTIMIZERS)
+    check(workload)  # the engine does so too, but the simulation only after torch is imported
     engine = "closed_form" if quick else "simulation"
     try:
         return import_module(f"lab.memory.{engine}").predict(workload)
@@ -307,35 +205,28 @@ def predict(workload: Workload, quick: bool = False) -> Prediction:
 def predict_inference(workload: Workload) -> Prediction:
     """Weights and a full key-value cache, in closed form: decoding the last token of `length`, adapters merged.
 
-    Cache: 2 (keys and values) x key-value heads x head size x bytes x batch x tokens, over the layers; a layer with a
-    sliding window keeps no more tokens than that. A quantised base: see `_nf4_bytes`; int8 takes a byte, and 4 for each output.
+    Cache: see `kv_cache_bytes`. A quantised base: see `nf4_tensors`; int8 takes a byte, and 4 for each output.
 
     Raises:
         LabError: more tokens than the model has positions, or nested scales without nf4.
     Source:
         Pope et al. 2022, section 3.3; Dettmers et al. 2023, section 3 (double quantisation).
     """
+    from lab.memory.closed_form import kv_cache_bytes
+
     shape, width = Architecture.of(workload.config), BYTES[workload.dtype]
-    if workload.length > shape.positions:
-        raise LabError(
-            f"length: {workload.length} tokens are more than the model's {shape.positions} positions. Shorten the sequences."
-        )
-    if workload.double_quantisation and workload.held_as != "nf4":
-        raise LabError("double_quantisation: only nf4 has it. Choose quantisation nf4, or drop it.")
+    check_length(shape, workload.length)
+    check_scales(workload)
     matrices = [
         module.inputs * module.outputs for layer in range(shape.layers) for module in shape.layer_linears(layer)
     ]
     rows = sum(module.outputs for layer in range(shape.layers) for module in shape.layer_linears(layer))
     weights = shape.parameters() * width
     if workload.held_as == "nf4":
-        weights += sum(_nf4_bytes(matrix, workload.double_quantisation) - matrix * width for matrix in matrices)
+        weights += sum(sum(nf4_tensors(matrix, workload.double_quantisation)) - matrix * width for matrix in matrices)
     elif workload.held_as == "int8":
         weights += sum(matrices) * (1 - width) + 4 * rows
-    tokens = sum(
-        min(workload.length, shape.window) if kind == SLIDING and shape.window else workload.length
-        for kind in shape.layer_types
-    )
-    cache = 2 * shape.key_value_heads * shape.head_size * width * workload.batch * tokens
+    cache = kv_cache_bytes(shape, workload.batch, workload.length, width)
     logits = workload.batch * shape.vocabulary * (width + BYTES["fp32"])
     workspace = workspace_bytes(workload)
     parts = {**dict.fromkeys(PARTS, 0), "weights": weights, "logits": logits, "workspace": workspace, "kv_cache": cache}
@@ -351,16 +242,6 @@ def predict_inference(workload: Workload) -> Prediction:
             "the activations of a long prompt read in one go are not counted"
         },
     )
-
-
-def _nf4_bytes(elements: int, double: bool) -> int:
-    """Bytes of a matrix in nf4: half a byte each, a scale for 64, itself in a byte where nested; and 16 levels.
-
-    A scale takes 4 bytes, or nested 1 and 4 for every 256 of them, and then there are 256 levels and an offset more.
-    """
-    scales = math.ceil(elements / 64)
-    nested = scales + 4 * math.ceil(scales / 256) + 4 * 256 + 4
-    return math.ceil(elements / 2) + (nested if double else 4 * scales) + 4 * 16
 
 
 # Answers --------------------------------------------------------------------------------------------------------
@@ -469,12 +350,11 @@ class Answer:
         """What was taken, by word or by default, and what the card is thought to lose."""
         w = self.workload
         names = ("method", "dtype", "optimizer", "batch", "length", "accumulation", "checkpointing", "loss", "gpu")
-        targets = w.targets or Architecture.of(w.config).default_targets(w.method)
         return {
             "engine": "closed form" if self.quick or w.inference else "simulation",
             **{name: getattr(w, name) for name in names},
-            "targets": list(targets),
-            "slack": f"torch reserves {_slack(self.quick):.0%} more than is allocated at the peak",
+            "targets": list(targets_of(w)),
+            "slack": f"torch reserves {slack(self.quick):.0%} more than is allocated at the peak",
             "cautions": cautions(w),
             "context": f"CUDA takes {CONTEXT_BYTES / GIB:.1f} GiB outside torch's allocator",
         }
@@ -491,8 +371,7 @@ def _with(workload: Workload, **changes: Any) -> Workload:
 
 def _positions(workload: Workload) -> int:
     """The longest sequence that the model takes under this method."""
-    virtual = workload.virtual_tokens if workload.method in ("prompt", "ptuning", "prefix") else 0
-    return max(1, Architecture.of(workload.config).positions - virtual)
+    return max(1, Architecture.of(workload.config).positions - workload.tokens_in_front)
 
 
 def largest_that_fits(
@@ -850,122 +729,3 @@ def sweep(workload: Workload, batches: Sequence[int], lengths: Sequence[int], qu
         for batch in batches:
             priced = answer(_with(workload, batch=batch, length=length), quick)
             yield Cell(batch, length, priced.prediction.peak_bytes, priced.fits)
-
-
-# Snippet --------------------------------------------------------------------------------------------------------
-
-_TORCH = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
-
-
-def snippet(workload: Workload, name: str) -> str:
-    """The Python that trains what was priced: quantisation, adapter and training arguments."""
-    w = workload
-    adapter = None if w.inference else _adapter(w)
-    trainer, arguments = ("", {}) if w.inference else _arguments(w)
-    peft = [adapter[0], "get_peft_model"] if adapter else []
-    peft += ["prepare_model_for_kbit_training"] if w.preparation == "kbit" else []
-    bits = ["BitsAndBytesConfig"] if w.held_as else []
-    names = sorted(["AutoModelForCausalLM", *bits, *([trainer] if trainer == "TrainingArguments" else [])])
-    imports = [f"from transformers import {', '.join(names)}"]
-    imports += ["from trl import SFTConfig"] if trainer == "SFTConfig" else []
-    loading: dict[str, Any] = {"dtype": _Code(_TORCH[w.dtype]), "attn_implementation": w.attention}
-    if w.held_as:
-        loading["quantization_config"] = _Code(_call("BitsAndBytesConfig", _quantisation(w), 8))
-    lines = [
-        "import torch",
-        *([f"from peft import {', '.join(sorted(peft))}"] if peft else []),
-        *imports,
-        "",
-        f"MODEL = {json.dumps(name)}" + ("" if "/" in name else "  # put the hub id or the folder of the weights here"),
-        "",
-        "",
-        "def load():",
-        f"    model = {_call('AutoModelForCausalLM.from_pretrained', {'': _Code('MODEL'), **loading}, 4)}",
-    ]
-    if w.preparation == "kbit":
-        lines.append("    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)")
-    lines.append("    return get_peft_model(model, adapter)" if adapter else "    return model")
-    if w.inference:
-        return "\n".join(lines) + "\n"
-    lines += ["", ""]
-    if adapter:
-        lines.append(f"adapter = {_call(*adapter)}")
-    lines.append(f"# Sequences of {w.length} tokens.")
-    if w.stepped_by == "for-loop":
-        lines.append("# One parameter at a time: hand the Trainer an optimizer made with foreach=False.")
-    if w.loss == "full-shifted":
-        lines.append("# The shifted fp32 copy of the logits is that of transformers before 4.50.")
-    lines.append(f"arguments = {_call(trainer, arguments)}")
-    return "\n".join(lines) + "\n"
-
-
-class _Code(str):
-    """Python that stands for itself, not for a string."""
-
-
-def _call(function: str, arguments: Mapping[str, Any], indent: int = 0) -> str:
-    """A call, one argument a line, in lines indented by so much; an argument without a name is positional."""
-    margin = " " * indent
-    words = [f"{name}={_literal(value)}" if name else _literal(value) for name, value in arguments.items()]
-    return f"{function}(\n" + "".join(f"{margin}    {word},\n" for word in words) + f"{margin})"
-
-
-def _literal(value: Any) -> str:
-    if isinstance(value, _Code):
-        return value
-    return json.dumps(value) if isinstance(value, str | list) else repr(value)
-
-
-def _quantisation(w: Workload) -> dict[str, Any]:
-    if w.held_as == "int8":
-        return {"load_in_8bit": True}
-    return {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": w.double_quantisation,
-        "bnb_4bit_compute_dtype": _Code(_TORCH[w.dtype]),
-    }
-
-
-def _adapter(w: Workload) -> tuple[str, dict[str, Any]] | None:
-    """PEFT's class for the method, and what to give it; None for full fine-tuning."""
-    shape = Architecture.of(w.config)
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM"}
-    targets = list(w.targets or shape.default_targets(w.method))
-    encoder = {"encoder_hidden_size": w.encoder_hidden_size} if w.encoder_hidden_size else {}
-    match w.method:
-        case "full":
-            return None
-        case "lora" | "qlora" | "dora":
-            ranks = {"r": w.rank, "lora_alpha": w.alpha, "lora_dropout": w.dropout, "target_modules": targets}
-            return "LoraConfig", {**common, **ranks, **({"use_dora": True} if w.method == "dora" else {})}
-        case "ia3":
-            feedforward = [target for target in targets if all(m.feedforward for m in shape.matching(target))]
-            return "IA3Config", {**common, "target_modules": targets, "feedforward_modules": feedforward}
-        case "prompt":
-            return "PromptTuningConfig", {**common, "num_virtual_tokens": w.virtual_tokens}
-        case "prefix":
-            projection = {"prefix_projection": w.projection, **encoder}
-            return "PrefixTuningConfig", {**common, "num_virtual_tokens": w.virtual_tokens, **projection}
-        case "ptuning":
-            return "PromptEncoderConfig", {**common, "num_virtual_tokens": w.virtual_tokens, **encoder}
-    raise LabError(f"snippet: PEFT has no configuration for method {w.method}. Choose another method.")
-
-
-def _arguments(w: Workload) -> tuple[str, dict[str, Any]]:
-    """The class of the training arguments, and what to give it."""
-    fused = w.optimizer == "adamw_torch" and w.stepped_by == "fused"
-    arguments: dict[str, Any] = {
-        "output_dir": "out",
-        "per_device_train_batch_size": w.batch,
-        "gradient_accumulation_steps": w.accumulation,
-        "optim": "adamw_torch_fused" if fused else w.optimizer,
-        "activation_checkpointing": w.checkpointing,
-        "bf16": w.amp == "bf16",
-        "fp16": w.amp == "fp16",
-    }
-    if w.loss == "fused":
-        arguments["use_liger_kernel"] = True
-    if w.loss == "chunked":
-        return "SFTConfig", {**arguments, "loss_type": "nll", "max_length": w.length}
-    return "TrainingArguments", arguments

@@ -88,6 +88,16 @@ class Project:
         return {path.relative_to(self.root).as_posix(): path.read_bytes() for path in found}
 
 
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *arguments: str) -> Answer:
+    """`lab ...` in this process."""
+    monkeypatch.setattr(sys, "argv", ["lab", *arguments])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    seen = capfd.readouterr()
+    return Answer(int(caught.value.code or 0), seen.out, seen.err)
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     return Project(tmp_path)
@@ -99,15 +109,7 @@ def here(project: Project, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
     monkeypatch.chdir(project.root)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
-    def run(*arguments: str) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["lab", *arguments])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        seen = capfd.readouterr()
-        return Answer(int(caught.value.code or 0), seen.out, seen.err)
-
-    return run
+    return lambda *arguments: call(monkeypatch, capfd, *arguments)
 
 
 # Mistakes in params.yaml ----------------------------------------------------------------------------------------

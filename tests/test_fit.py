@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from lab import cli, planner
+from lab import planner
+from lab.cards import GIB, GPUS
 from lab.memory.workload import OPTIMIZERS, PARTS, PHASES, Workload
 from lab.models import shapes
-from lab.planner import GIB
 from tests.conftest import ROOT
-from tests.test_cli import Answer
+from tests.test_cli import Answer, call
 from tests.test_planner import SMALL, arithmetic
 
 CONTRACT = {
@@ -44,13 +44,8 @@ def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: str, sent: bytes = b"") -> Answer:
-        monkeypatch.setattr(sys, "argv", ["lab", "fit", *arguments])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(sent)))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        seen = capfd.readouterr()
-        return Answer(int(caught.value.code or 0), seen.out, seen.err)
+        return call(monkeypatch, capfd, "fit", *arguments)
 
     return run
 
@@ -233,7 +228,7 @@ def test_a_list_has_a_line_for_each(fit: Callable[..., Answer], what: str) -> No
         "models": shapes(),
         "methods": planner.methods(),
         "optimizers": OPTIMIZERS,
-        "gpus": planner.GPUS,
+        "gpus": GPUS,
     }
     answer = fit("--list", what)
     assert answer.code == 0

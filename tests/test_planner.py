@@ -18,11 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab import planner
+from lab.cards import CONTEXT_BYTES, GIB, GPUS, card_bytes, find_gpu, shown_bytes, usable_bytes
 from lab.errors import LabError
 from lab.memory.architecture import Architecture
-from lab.memory.workload import BYTES, PARTS, Prediction, Workload, check
+from lab.memory.workload import BYTES, PARTS, Prediction, Workload, check, nf4_tensors
 from lab.models import shapes
-from lab.planner import CONTEXT_BYTES, GIB, GPUS, Answer, answer, card_bytes, find_gpu, read_spec, usable_bytes
+from lab.planner import Answer, answer, read_spec
+from lab.snippet import snippet
 from tests.hub_endpoint import Hub
 from tests.test_hub_endpoint import run_client
 
@@ -148,8 +150,8 @@ def test_of_a_card_and_a_size_the_smaller_counts_and_a_size_alone_loses_the_driv
 @given(total=st.integers(CONTEXT_BYTES, 2**40), quick=st.booleans())
 def test_the_highest_peak_that_fits_shows_no_more_than_the_card_has(total: int, quick: bool) -> None:
     peak = usable_bytes(total, quick)
-    assert planner.shown_bytes(peak, quick) <= total + 1
-    assert planner.shown_bytes(peak + 2, quick) > total
+    assert shown_bytes(peak, quick) <= total + 1
+    assert shown_bytes(peak + 2, quick) > total
 
 
 # Specifications -------------------------------------------------------------------------------------------------
@@ -610,7 +612,7 @@ def test_a_matrix_in_nf4_holds_the_bytes_that_bitsandbytes_gives_it(double: bool
     tensors = [packed, state.absmax, state.code]
     if double:
         tensors += [state.offset, state.state2.absmax, state.state2.code]
-    assert planner._nf4_bytes(160 * 64, double) == sum(tensor.nbytes for tensor in tensors)
+    assert sum(nf4_tensors(160 * 64, double)) == sum(tensor.nbytes for tensor in tensors)
 
 
 def test_a_quantised_base_of_inference_is_smaller_by_what_its_matrices_are() -> None:
@@ -674,7 +676,7 @@ SNIPPETS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("more", SNIPPETS, ids=lambda more: "-".join(map(str, more.values())) or "full")
 def test_every_snippet_is_python_that_names_what_it_imports(more: dict[str, Any]) -> None:
-    tree = ast.parse(planner.snippet(read_spec({"config": SMALL, **more}), "owner/name"))
+    tree = ast.parse(snippet(read_spec({"config": SMALL, **more}), "owner/name"))
     imported = {
         alias.name for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names
     }
@@ -692,7 +694,7 @@ def test_a_snippet_runs_and_says_what_was_priced(tmp_path: Path) -> None:
     spec = {"model": "llama-6m", "method": "lora", "rank": 4, "targets": ["q_proj"], "dtype": "fp32"}
     workload = read_spec({**spec, "batch": 3, "accumulation": 2, "optimizer": "adamw_bnb_8bit", "checkpointing": True})
     names: dict[str, Any] = {}
-    exec(planner.snippet(workload, str(folder)), names)
+    exec(snippet(workload, str(folder)), names)
     arguments = names["arguments"]
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (3, 2)
     assert arguments.activation_checkpointing
@@ -706,7 +708,7 @@ def test_a_snippet_runs_and_says_what_was_priced(tmp_path: Path) -> None:
 
 def test_a_snippet_is_laid_out_like_the_rest() -> None:
     spec = {"config": SMALL, "method": "qlora", "targets": ["q_proj", "v_proj"], "double_quantisation": True}
-    assert planner.snippet(read_spec(spec), "owner/name") == textwrap.dedent(
+    assert snippet(read_spec(spec), "owner/name") == textwrap.dedent(
         """\
         import torch
         from peft import LoraConfig, get_peft_model

@@ -29,19 +29,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
-from lab.errors import unknown
 from lab.memory.architecture import GPT, SLIDING, Architecture, Linear
 from lab.memory.workload import (
     BLOCKWISE,
     BYTES,
-    MIB,
-    OPTIMIZERS,
     PARTS,
     PHASES,
     Prediction,
     Workload,
     allocated_bytes,
+    assumptions,
     check,
+    nf4_tensors,
+    stored_parameters,
+    targets_of,
     workspace_bytes,
 )
 
@@ -68,7 +69,7 @@ class Setup:
     @cached_property
     def virtual(self) -> int:
         """Virtual tokens in front of each sequence: keys alone for prefix tuning."""
-        return self.workload.virtual_tokens if self.workload.method in (*EMBEDDED, "prefix") else 0
+        return self.workload.tokens_in_front
 
     @cached_property
     def length(self) -> int:
@@ -125,8 +126,7 @@ class Setup:
         """The linear modules that have an adapter."""
         if self.workload.method not in ("lora", "qlora", "dora", "ia3"):
             return frozenset()
-        targets = self.workload.targets or self.shape.default_targets(self.workload.method)
-        return frozenset(module for target in targets for module in self.shape.matching(target))
+        return frozenset(module for target in targets_of(self.workload) for module in self.shape.matching(target))
 
     @cached_property
     def flows(self) -> bool:
@@ -287,26 +287,14 @@ def trained_parameters(s: Setup) -> list[Parameter]:
 def parameter_counts(s: Setup) -> dict[str, int]:
     """`total`, `trainable`, and `stored`: what the file holds (of an encoder, only what it makes)."""
     base, added = (sum(p.elements * p.copies for p in found) for found in (base_parameters(s), added_parameters(s)))
-    stored = base if s.full else added
-    if s.workload.method == "ptuning":
-        stored = s.virtual * s.shape.hidden
-    elif s.workload.method == "prefix":
-        stored = s.virtual * 2 * s.shape.layers * s.shape.key_value_heads * s.shape.head_size
-    return {"total": base + added, "trainable": base if s.full else added, "stored": stored}
+    trainable = base if s.full else added
+    stored = stored_parameters(s.workload, trainable, s.shape.layers)
+    return {"total": base + added, "trainable": trainable, "stored": stored}
 
 
 def nf4_bytes(s: Setup, elements: int) -> int:
-    """4-bit weights: n / 2, and an fp32 scale for each 64: 0.5625 n. Double quantisation holds the scales in a byte
-    each, with an fp32 scale for each 256 of them: (0.5 + 1/64 + 4/(64 x 256)) n. Tables: 64 B, and 1 KiB if nested.
-
-    Source: Dettmers et al. 2023, section 3; bitsandbytes 0.50 `QuantState`.
-    """
-    scales = -(-elements // 64)
-    tables = [-(-elements // 2), 16 * FP32]
-    tables += (
-        [scales, -(-scales // 256) * FP32, 256 * FP32, FP32] if s.workload.double_quantisation else [scales * FP32]
-    )
-    return sum(map(s.allocated, tables))
+    """4-bit weights: 0.5625 n, doubly quantised 0.516 n; see `nf4_tensors`."""
+    return sum(map(s.allocated, nf4_tensors(elements, s.workload.double_quantisation)))
 
 
 def int8_bytes(s: Setup, elements: int, rows: int) -> int:
@@ -375,16 +363,16 @@ def blockwise_state(s: Setup, p: Parameter) -> tuple[int, int]:
     state of 100,000 elements or more are paged, if the optimizer is; their scales are not.
     """
     kind = BLOCKWISE[s.workload.optimizer]
-    small = kind.bits == 8 and p.elements >= 4096 and not p.embedding
+    in_bytes = kind.in_bytes(p.elements, p.embedding)
     device = host = 0
-    for count in (2, 1) if kind.values == 3 else (1,) * kind.values:
-        size = count * p.elements
-        if kind.paged and size >= 100_000:
-            host += size * (1 if small else FP32)
+    for values in kind.tensors:
+        size = values * p.elements
+        if kind.paged and size >= kind.UNPAGED:
+            host += size * (1 if in_bytes else FP32)
         else:
-            device += s.allocated(size * (1 if small else FP32))
-        if small:
-            device += s.allocated(count * -(-p.elements // 256) * FP32)
+            device += s.allocated(size * (1 if in_bytes else FP32))
+        if in_bytes:
+            device += s.allocated(values * -(-p.elements // kind.BLOCK) * FP32)
     return device, host
 
 
@@ -1021,8 +1009,6 @@ def predict(workload: Workload) -> Prediction:
         LabError: the workload contradicts itself, or its optimizer is not covered.
     """
     check(workload)
-    if workload.optimizer not in OPTIMIZERS:
-        raise unknown("optimizer", workload.optimizer, OPTIMIZERS)
     s = Setup(workload, Architecture.of(workload.config))
     state, host = optimizer_bytes(s)
     workspace = workspace_bytes(workload)
@@ -1039,13 +1025,7 @@ def predict(workload: Workload) -> Prediction:
         phases={phase: phases[phase] for phase in PHASES},
         parameters=parameter_counts(s),
         host_bytes=host,
-        assumptions={
-            "engine": "closed form",
-            "attention": workload.attended_by,
-            "step": workload.stepped_by,
-            "workspace": f"cuBLAS, {workspace / MIB:.1f} MiB" if workspace else "none",
-            "padding": "none: every sequence has the full length",
-        },
+        assumptions={"engine": "closed form", **assumptions(workload)},
     )
 
 

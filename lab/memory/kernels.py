@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lab.memory.part_ledger import AllocatorLedger, PartLedger
-from lab.memory.workload import MIB, Workload, workspace_bytes
+from lab.memory.workload import Workload
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLASH = "lab_fa2"
@@ -33,20 +33,6 @@ def make_ledger(workload: Workload) -> PartLedger:
     config = workload.config.get("text_config", workload.config)
     ledger.logits_width = config["vocab_size"]
     return ledger
-
-
-def assumptions(workload: Workload) -> dict[str, Any]:
-    """What the prediction rests on."""
-    import transformers
-
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "attention": workload.attended_by,
-        "step": workload.stepped_by,
-        "workspace": f"cuBLAS, {workspace_bytes(workload) / MIB:.1f} MiB" if workload.device == "cuda" else "none",
-        "padding": "none: every sequence has the full length",
-    }
 
 
 # Attention and dropout ------------------------------------------------------------------------------------------

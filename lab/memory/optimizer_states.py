@@ -17,15 +17,6 @@ from lab.errors import LabError, unknown
 from lab.memory.ledger import tensors_in
 from lab.memory.workload import BLOCKWISE, OPTIMIZERS, Blockwise, Workload
 
-SMALL = 4096
-"""Tensors of fewer elements keep their state in 32 bits."""
-
-BLOCK = 256
-"""Elements of 8-bit state that share one fp32 scale."""
-
-UNPAGED = 100_000
-"""State tensors of fewer elements are not paged."""
-
 
 def make_optimizer(workload: Workload, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer by its Trainer name, over the Trainer's two groups: with weight decay, and without.
@@ -84,19 +75,18 @@ class BlockwiseState(torch.optim.Optimizer):
                     self.state[parameter] = self._state_of(parameter)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
-        elements = parameter.numel()
-        in_bytes = self.kind.bits == 8 and elements >= SMALL and parameter not in self.embeddings
+        kind, elements = self.kind, parameter.numel()
+        in_bytes = kind.in_bytes(elements, parameter in self.embeddings)
         dtype = torch.uint8 if in_bytes else torch.float32
-        # AdEMAMix keeps its two first moments in one tensor.
-        sizes = [2 * elements, elements] if self.kind.values == 3 else [elements] * self.kind.values
         state: dict[str, Any] = {}
-        for number, size in enumerate(sizes, start=1):
-            if self.kind.paged and size >= UNPAGED:
+        for number, values in enumerate(kind.tensors, start=1):
+            size = values * elements
+            if kind.paged and size >= kind.UNPAGED:
                 self.host_bytes += size * dtype.itemsize
             else:
                 state[f"state{number}"] = torch.zeros(size, dtype=dtype)
             if in_bytes:
-                state[f"absmax{number}"] = torch.zeros(size // elements * -(-elements // BLOCK))
+                state[f"absmax{number}"] = torch.zeros(values * -(-elements // kind.BLOCK))
                 if len(self.tables) < number:
                     self.tables.append(torch.zeros(256))
                 state[f"qmap{number}"] = self.tables[number - 1]

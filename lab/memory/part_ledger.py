@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, UntypedStorage
 
-from lab.memory.ledger import Ledger, _Entry, storages_of
+from lab.memory.ledger import Ledger, _Entry, _rounded, storages_of
 from lab.memory.workload import allocated_bytes
 
 
@@ -32,7 +32,7 @@ class PartLedger(Ledger):
 
     def round(self, size: int) -> int:
         """Bytes that a storage of `size` bytes counts as."""
-        return -(-size // self.round_to) * self.round_to
+        return _rounded(size, self.round_to)
 
     def assign(self, tensors: Iterable[Tensor], part: str) -> None:
         """Hold tensors under another part from now on, whether they were known before or not."""

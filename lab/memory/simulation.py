@@ -17,6 +17,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -25,12 +26,21 @@ from torch import Tensor, nn
 from lab.memory import kernels
 from lab.memory import optimizer_states as states
 from lab.memory.architecture import Architecture
+from lab.memory.kernels import DTYPES
 from lab.memory.ledger import weights
 from lab.memory.measurement import parameter_counts
-from lab.memory.workload import PARTS, PHASES, Prediction, Workload, check, workspace_bytes
+from lab.memory.workload import (
+    PARTS,
+    PHASES,
+    Prediction,
+    Workload,
+    assumptions,
+    check,
+    method_options,
+    stored_parameters,
+    workspace_bytes,
+)
 from lab.methods import apply_method
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 START, END = -1, -2
 """In the place of a layer's number: what comes before and after the layers."""
@@ -99,7 +109,7 @@ class Rehearsal:
         """The same `periods` further, if `deeper` is one further: affine in the depth, stretch by stretch."""
 
         def further(a: Mapping[str, int], b: Mapping[str, int]) -> Counter[str]:
-            return Counter({name: a.get(name, 0) + periods * (b.get(name, 0) - a.get(name, 0)) for name in {*a, *b}})
+            return Counter({name: a.get(name, 0) + periods * (b.get(name, 0) - a.get(name, 0)) for name in {**a, **b}})
 
         return Rehearsal(
             {place: further(parts, deeper.stretches[place]) for place, parts in self.stretches.items()},
@@ -116,11 +126,11 @@ class Rehearsal:
         return Prediction(
             peak_bytes=highest.total() + workspace,
             steady_bytes=self.steady.total() + workspace,
-            parts={name: highest[name] + (workspace if name == "workspace" else 0) for name in PARTS},
+            parts={name: highest[name] for name in PARTS} | {"workspace": workspace},
             phases={phase: peak + workspace for phase, peak in phases.items()},
             parameters=self.parameters,
             host_bytes=self.host,
-            assumptions=kernels.assumptions(workload),
+            assumptions={"torch": torch.__version__, "transformers": version("transformers"), **assumptions(workload)},
         )
 
 
@@ -186,28 +196,6 @@ def build(workload: Workload, config: Mapping[str, Any]) -> nn.Module:
     return model.train()
 
 
-def method_options(workload: Workload) -> dict[str, Any]:
-    """The method's options as lab.methods takes them."""
-    shape = Architecture.of(workload.config)
-    match workload.method:
-        case "lora" | "dora" | "qlora":
-            targets = workload.targets or shape.default_targets(workload.method)
-            return {"rank": workload.rank, "alpha": workload.alpha, "dropout": workload.dropout, "targets": targets}
-        case "ia3":
-            targets = workload.targets or shape.default_targets("ia3")
-            inner = tuple(t for t in targets if all(m.feedforward for m in shape.matching(t)))
-            return {"targets": targets, "feedforward": inner}
-        case "prompt":
-            return {"virtual_tokens": workload.virtual_tokens}
-        case "prefix":
-            more = {"projection": workload.projection, "encoder_hidden_size": workload.encoder_hidden_size}
-            return {"virtual_tokens": workload.virtual_tokens, **more}
-        case "ptuning":
-            return {"virtual_tokens": workload.virtual_tokens, "encoder_hidden_size": workload.encoder_hidden_size}
-        case _:
-            return {}
-
-
 def materialise(model: nn.Module, workload: Workload) -> None:
     """Give every parameter and buffer that is on the meta device a tensor of zeros, keeping ties."""
     if workload.held_as:
@@ -242,11 +230,12 @@ class Update:
         self.workload, self.model = workload, model
         self.ledger = kernels.make_ledger(workload)
         self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.edge = EDGE * _period(workload.config)
         self.layers = _mark_layers(model, self._enter)
 
     def _enter(self, phase: str, layer: int) -> None:
         """A layer begins, or what comes before (START) or after (END) the layers in this phase."""
-        edge, last = EDGE * _period(self.workload.config), len(self.layers) - 1
+        edge, last = self.edge, len(self.layers) - 1
         if layer < 0:
             place = "start" if layer == START else "end"
         elif layer < edge:
@@ -316,15 +305,9 @@ def _on_device(held: Mapping[str, int]) -> Counter[str]:
 
 
 def _counts(workload: Workload, model: Any) -> dict[str, int]:
-    """`total`, `trainable` and `stored` parameters; of methods with an encoder only what it makes is stored."""
+    """`total`, `trainable` and `stored` parameters."""
     counts = parameter_counts(model)
-    stored = counts["total"] if workload.method == "full" else counts["trainable"]
-    if workload.method == "ptuning":
-        stored = workload.virtual_tokens * model.config.hidden_size
-    elif workload.method == "prefix":
-        shape = Architecture.of(workload.config)
-        keys = shape.key_value_heads * shape.head_size
-        stored = workload.virtual_tokens * 2 * model.config.num_hidden_layers * keys
+    stored = stored_parameters(workload, counts["trainable"], model.config.num_hidden_layers)
     return {"total": counts["total"], "trainable": counts["trainable"], "stored": stored}
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lab.errors import LabError
+from lab.errors import LabError, unknown
+from lab.memory.architecture import Architecture
 from lab.params import Count
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -65,6 +66,11 @@ class Workload(BaseModel):
         return self.quantisation or ("nf4" if self.method == "qlora" else None)
 
     @property
+    def tokens_in_front(self) -> int:
+        """Virtual tokens that the method puts before each sequence."""
+        return self.virtual_tokens if self.method in ("prompt", "prefix", "ptuning") else 0
+
+    @property
     def attended_by(self) -> Literal["eager", "sdpa", "flash_attention_2"]:
         """The attention that runs: Gemma 2 caps its scores, which torch's sdpa cannot, and falls back to eager."""
         return "eager" if self.attention == "sdpa" and self.config.get("model_type") == "gemma2" else self.attention
@@ -111,8 +117,6 @@ def check(workload: Workload) -> None:
     Raises:
         LabError: they do not; the message says which and what to choose instead.
     """
-    from lab.memory.architecture import Architecture
-
     shape = Architecture.of(workload.config)
     if workload.held_as and workload.method == "full":
         raise LabError(
@@ -121,15 +125,10 @@ def check(workload: Workload) -> None:
         )
     if workload.method == "qlora" and workload.quantisation == "int8":
         raise LabError("quantisation: qlora holds the base in nf4, not int8. Choose method lora with int8.")
-    if workload.double_quantisation and workload.held_as != "nf4":
-        raise LabError("double_quantisation: only nf4 has it. Choose quantisation nf4, or drop it.")
+    check_scales(workload)
     if workload.preparation == "kbit" and not workload.held_as:
         raise LabError("preparation: kbit is for a quantised base. Choose quantisation nf4 or int8, or drop it.")
-    tokens = workload.length + (workload.virtual_tokens if workload.method in ("prompt", "ptuning", "prefix") else 0)
-    if shape.positions and tokens > shape.positions:
-        raise LabError(
-            f"length: {tokens} tokens are more than the model's {shape.positions} positions. Shorten the sequences."
-        )
+    check_length(shape, workload.length + workload.tokens_in_front)
     if workload.method == "prefix" and workload.checkpointing:
         raise LabError(
             "checkpointing: prefix tuning does not run with it in PEFT 0.21 (the replay would write the cache twice). "
@@ -142,15 +141,79 @@ def check(workload: Workload) -> None:
             "Choose preparation kbit, or amp bf16."
         )
     if workload.method in ("lora", "qlora", "dora", "ia3"):
-        modules = [
-            m for target in workload.targets or shape.default_targets(workload.method) for m in shape.matching(target)
-        ]
+        modules = [m for target in targets_of(workload) for m in shape.matching(target)]
         if workload.method != "ia3":
             narrow = min(modules, key=lambda m: min(m.inputs, m.outputs))
             if workload.rank > min(narrow.inputs, narrow.outputs):
                 raise LabError(
                     f"rank: {workload.rank} is larger than {narrow.name}, {min(narrow.inputs, narrow.outputs)} wide. Lower it."
                 )
+    if workload.optimizer not in OPTIMIZERS:
+        raise unknown("optimizer", workload.optimizer, OPTIMIZERS)
+
+
+def check_scales(workload: Workload) -> None:
+    """Nested scales are asked for where there are some.
+
+    Raises:
+        LabError: the base is not held in nf4.
+    """
+    if workload.double_quantisation and workload.held_as != "nf4":
+        raise LabError("double_quantisation: only nf4 has it. Choose quantisation nf4, or drop it.")
+
+
+def check_length(shape: Architecture, tokens: int) -> None:
+    """The model has positions for so many tokens.
+
+    Raises:
+        LabError: it has fewer.
+    """
+    if shape.positions and tokens > shape.positions:
+        raise LabError(
+            f"length: {tokens} tokens are more than the model's {shape.positions} positions. Shorten the sequences."
+        )
+
+
+# What the method adds -----------------------------------------------------------------------------------------------
+
+
+def targets_of(workload: Workload) -> tuple[str, ...]:
+    """The linear modules that the method goes to: those that are given, or its default on this kind of model."""
+    return workload.targets or Architecture.of(workload.config).default_targets(workload.method)
+
+
+def method_options(workload: Workload) -> dict[str, Any]:
+    """The method's options as lab.methods takes them (of QLoRA, those of the LoRA on top)."""
+    tokens = {"virtual_tokens": workload.virtual_tokens}
+    encoder = {"encoder_hidden_size": workload.encoder_hidden_size}
+    match workload.method:
+        case "lora" | "dora" | "qlora":
+            scale = {"rank": workload.rank, "alpha": workload.alpha, "dropout": workload.dropout}
+            return {**scale, "targets": targets_of(workload)}
+        case "ia3":
+            shape, targets = Architecture.of(workload.config), targets_of(workload)
+            inner = tuple(t for t in targets if all(m.feedforward for m in shape.matching(t)))
+            return {"targets": targets, "feedforward": inner}
+        case "prompt":
+            return tokens
+        case "prefix":
+            return {**tokens, "projection": workload.projection, **encoder}
+        case "ptuning":
+            return {**tokens, **encoder}
+        case _:
+            return {}
+
+
+def stored_parameters(workload: Workload, trainable: int, layers: int) -> int:
+    """What the file of a model of so many layers holds: what is trained, but of an encoder only what it makes."""
+    shape = Architecture.of(workload.config)
+    match workload.method:
+        case "ptuning":
+            return workload.virtual_tokens * shape.hidden
+        case "prefix":
+            return workload.virtual_tokens * 2 * layers * shape.key_value_heads * shape.head_size
+        case _:
+            return trainable
 
 
 # What the device adds -----------------------------------------------------------------------------------------------
@@ -185,6 +248,30 @@ def workspace_bytes(workload: Workload) -> int:
     return one if workload.inference else 2 * one
 
 
+def assumptions(workload: Workload) -> dict[str, Any]:
+    """What a prediction by any engine rests on."""
+    workspace = workspace_bytes(workload)
+    return {
+        "attention": workload.attended_by,
+        "step": workload.stepped_by,
+        "workspace": f"cuBLAS, {workspace / MIB:.1f} MiB" if workspace else "none",
+        "padding": "none: every sequence has the full length",
+    }
+
+
+def nf4_tensors(elements: int, double: bool) -> list[int]:
+    """Bytes of the tensors that hold a matrix in nf4: n / 2, 16 levels, and an fp32 scale for each 64: 0.5625 n.
+
+    Double quantisation holds the scales in a byte each, with an fp32 scale for each 256 of them, (0.5 + 1/64 + 4/(64 x
+    256)) n, and needs 256 levels and an offset more.
+
+    Source: Dettmers et al. 2023, section 3; bitsandbytes 0.50 `QuantState`.
+    """
+    scales = -(-elements // 64)
+    nested = [scales, -(-scales // 256) * 4, 256 * 4, 4]
+    return [-(-elements // 2), 16 * 4, *(nested if double else [scales * 4])]
+
+
 # Optimizers ---------------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +282,22 @@ class Blockwise:
     values: int
     bits: int
     paged: bool = False
+
+    SMALL: ClassVar = 4096
+    """Tensors of fewer elements keep their state in 32 bits."""
+    BLOCK: ClassVar = 256
+    """Elements of 8-bit state that share one fp32 scale."""
+    UNPAGED: ClassVar = 100_000
+    """State tensors of fewer elements are not paged."""
+
+    def in_bytes(self, elements: int, embedding: bool) -> bool:
+        """Whether the state of a parameter is held in 8 bits."""
+        return self.bits == 8 and elements >= self.SMALL and not embedding
+
+    @property
+    def tensors(self) -> tuple[int, ...]:
+        """Values in each tensor of state: AdEMAMix keeps its two first moments in one."""
+        return (2, 1) if self.values == 3 else (1,) * self.values
 
 
 BLOCKWISE = {
