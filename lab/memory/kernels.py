@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lab.memory.part_ledger import AllocatorLedger, PartLedger
+from lab.memory.ledger import AllocatorLedger, Ledger
 from lab.memory.workload import Workload
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,9 +27,9 @@ FLASH = "lab_fa2"
 # Device ---------------------------------------------------------------------------------------------------------
 
 
-def make_ledger(workload: Workload) -> PartLedger:
+def make_ledger(workload: Workload) -> Ledger:
     """The ledger that counts as the workload's device does."""
-    ledger = AllocatorLedger() if workload.device == "cuda" else PartLedger()
+    ledger = AllocatorLedger() if workload.device == "cuda" else Ledger()
     config = workload.config.get("text_config", workload.config)
     ledger.logits_width = config["vocab_size"]
     return ledger

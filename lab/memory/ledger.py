@@ -13,10 +13,11 @@ Source: torch.distributed._tools.mem_tracker hears storages the same way; it fai
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -25,9 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 from lab.errors import LabError
-
-if TYPE_CHECKING:
-    pass
+from lab.memory.workload import allocated_bytes
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
@@ -93,16 +92,21 @@ def optimizer_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
     yield from tensors_in([group["params"] for group in optimizer.param_groups])
 
 
+PART_OF_PHASE = {"forward": "activations", "backward": "temporaries", "step": "temporaries"}
+"""What a storage counts as from its birth on, by the first word of the phase; "other" in any other phase."""
+
+
 @dataclass(frozen=True)
 class Parts:
-    """Bytes held at one moment. Each storage is in one part: the first, in this order, that claims it."""
+    """Bytes held at one moment, by part. Each storage is in one."""
 
     weights: int = 0
     gradients: int = 0
-    optimizer_state: int = 0
+    optimizer: int = 0
+    activations: int = 0  # what the forward pass made; casts of weights under autocast are here
+    logits: int = 0  # the head's output, its fp32 copy, the log-probabilities that the loss saves, their gradients
+    temporaries: int = 0  # made in backward (a checkpoint's replay too) or in the step
     inputs: int = 0
-    logits: int = 0  # the head's output, its fp32 copy, the log-probabilities that the loss saves
-    activations: int = 0  # the rest of what the forward pass made; casts of weights under autocast are here
     other: int = 0  # the rest: batches fetched ahead, the running loss
 
     @property
@@ -112,12 +116,12 @@ class Parts:
 
 
 class _Entry:
-    """One live storage: rounded bytes, number in the order of birth, last dimension of its first tensor."""
+    """One live storage: the part it is in, what tells of its release, its rounded bytes."""
 
-    __slots__ = ("born", "last_dimension", "reference", "size")
+    __slots__ = ("part", "reference", "size")
 
-    def __init__(self, born: int, last_dimension: int, reference: weakref.ref[UntypedStorage]) -> None:
-        self.born, self.last_dimension, self.reference, self.size = born, last_dimension, reference, 0
+    def __init__(self, part: str, reference: weakref.ref[UntypedStorage]) -> None:
+        self.part, self.reference, self.size = part, reference, 0
 
 
 class Ledger(TorchDispatchMode):
@@ -130,7 +134,10 @@ class Ledger(TorchDispatchMode):
         device: count this type of device only, "cuda" say; None counts all but "meta".
     Attributes:
         live_bytes: bytes of all live storages.
+        held: the same by part: that of the phase of a storage's birth, until `assign` says otherwise.
+        logits_width: what is born with this last dimension counts as logits; None: nothing does.
         peaks: the highest `live_bytes` of each phase since `reset`.
+        held_at_peak: `held` at that moment.
         allocator_peaks: on CUDA, max_memory_allocated and max_memory_reserved of each phase since `reset`.
     """
 
@@ -139,10 +146,13 @@ class Ledger(TorchDispatchMode):
         if round_to < 1:
             raise LabError(f"Ledger: round_to is {round_to}; it must be at least 1. Take 1 for bytes, 512 for CUDA.")
         self.round_to, self.device = round_to, device
-        self.live_bytes = self.births = 0
+        self.live_bytes = 0
+        self.held: Counter[str] = Counter()
+        self.logits_width: int | None = None
         self.phase = "idle"
         self.follows_autograd = False  # the "backward" phase begins and ends with the engine; set by `watch`
         self.peaks: dict[str, int] = {"idle": 0}
+        self.held_at_peak: dict[str, dict[str, int]] = {"idle": {}}
         self.allocator_peaks: dict[str, tuple[int, int]] = {}
         self._entries: dict[int, _Entry] = {}
         self._replaced_resize: list[Any] = []
@@ -150,13 +160,19 @@ class Ledger(TorchDispatchMode):
     def reset(self) -> None:
         """Forget the peaks; the current phase's starts again at `live_bytes`."""
         self._read_allocator()
-        self.peaks, self.allocator_peaks = {self.phase: self.live_bytes}, {}
+        self.peaks, self.held_at_peak = {self.phase: self.live_bytes}, {self.phase: dict(self.held)}
+        self.allocator_peaks = {}
 
     def enter_phase(self, name: str) -> None:
         """Close the current phase; the peak of the new one is at least `live_bytes`."""
         self._read_allocator()
         self.phase = name
-        self.peaks[name] = max(self.peaks.get(name, 0), self.live_bytes)
+        self._note_peak()
+
+    def _note_peak(self) -> None:
+        if self.live_bytes > self.peaks.get(self.phase, -1):
+            self.peaks[self.phase] = self.live_bytes
+            self.held_at_peak[self.phase] = dict(self.held)
 
     def _read_allocator(self) -> None:
         if self.device == "cuda":
@@ -174,47 +190,57 @@ class Ledger(TorchDispatchMode):
                 continue
             for key, storage in storages_of([tensor]).items():
                 if key not in self._entries:
-                    self.births += 1
-                    last_dimension = tensor.shape[-1] if tensor.dim() else 0
                     # PyTorch keeps a storage's Python object, and so its id, for as long as the memory.
                     reference = weakref.ref(storage, partial(self._release, key))
-                    self._entries[key] = _Entry(self.births, last_dimension, reference)
+                    self._entries[key] = _Entry(self._part_at_birth(tensor), reference)
                 self._set_size(self._entries[key], storage.nbytes())
+
+    def _part_at_birth(self, tensor: Tensor) -> str:
+        if self.logits_width and tensor.dim() and tensor.shape[-1] == self.logits_width:
+            return "logits"
+        return PART_OF_PHASE.get(self.phase.partition(" ")[0], "other")
+
+    def assign(self, tensors: Iterable[Tensor], part: str) -> None:
+        """Count tensors under another part from now on, whether they were known before or not."""
+        tensors = list(tensors)
+        self.adopt(tensors)
+        self._move((self._entries[key] for key in storages_of(tensors) if key in self._entries), part)
+
+    def retire(self) -> None:
+        """What an earlier pass made and is alive still (its loss, say) counts as other from now on."""
+        made = {*PART_OF_PHASE.values(), "logits"}
+        self._move((entry for entry in list(self._entries.values()) if entry.part in made), "other")
+
+    def _move(self, entries: Iterable[_Entry], part: str) -> None:
+        for entry in entries:
+            self.held[entry.part] -= entry.size
+            self.held[part] += entry.size
+            entry.part = part
+
+    @property
+    def parts(self) -> Parts:
+        """What is live now."""
+        return Parts(**self.held)
+
+    def round(self, size: int) -> int:
+        """Bytes that a storage of `size` bytes counts as."""
+        return _rounded(size, self.round_to)
 
     def bytes_of(self, tensors: Iterable[Tensor]) -> int:
         """Bytes of the distinct storages behind tensors, rounded as the ledger rounds."""
         return held_bytes(tensors, self.round_to)
 
     def _set_size(self, entry: _Entry, size: int) -> None:
-        size = _rounded(size, self.round_to)
+        size = self.round(size)
         self.live_bytes += size - entry.size
+        self.held[entry.part] += size - entry.size
         entry.size = size
-        self.peaks[self.phase] = max(self.peaks[self.phase], self.live_bytes)
+        self._note_peak()
 
     def _release(self, key: int, _: weakref.ref[UntypedStorage]) -> None:
-        self.live_bytes -= self._entries.pop(key).size
-
-    def divide(self, activations_since: int | None = None, **claims: Iterable[UntypedStorage]) -> Parts:
-        """Split what is live now among `Parts`.
-
-        Args:
-            activations_since: unclaimed storages born after this number are activations; None: none are.
-            claims: storages by part, in the order of `Parts`.
-        """
-        unclaimed = dict(self._entries)
-        held = {
-            name: sum(unclaimed.pop(id(s)).size for s in claim if id(s) in unclaimed) for name, claim in claims.items()
-        }
-        held["activations"] = held["other"] = 0
-        for entry in unclaimed.values():
-            made_by_forward = activations_since is not None and entry.born > activations_since
-            held["activations" if made_by_forward else "other"] += entry.size
-        return Parts(**held)
-
-    def born_since(self, number: int, last_dimension: int) -> list[UntypedStorage]:
-        """Live storages born after this number whose first tensor had this last dimension."""
-        young = [e for e in list(self._entries.values()) if e.born > number and e.last_dimension == last_dimension]
-        return [storage for entry in young if (storage := entry.reference()) is not None]
+        entry = self._entries.pop(key)
+        self.live_bytes -= entry.size
+        self.held[entry.part] -= entry.size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
@@ -240,3 +266,11 @@ class Ledger(TorchDispatchMode):
     def __exit__(self, *exception: object) -> None:
         UntypedStorage.resize_ = self._replaced_resize.pop()  # type: ignore[method-assign]
         super().__exit__(*exception)
+
+
+class AllocatorLedger(Ledger):
+    """Rounds as torch's CUDA allocator does."""
+
+    def round(self, size: int) -> int:
+        """Bytes that the allocator counts as allocated for a request."""
+        return allocated_bytes(size)

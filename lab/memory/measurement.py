@@ -6,15 +6,14 @@ phase rose and what held the bytes.
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, UntypedStorage, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
@@ -44,51 +43,46 @@ class Watch:
 
     def __init__(self, ledger: Ledger, model: nn.Module, optimizer: Optimizer) -> None:
         self.ledger, self.model, self.optimizer = ledger, model, inner_optimizer(optimizer)
+        ledger.assign(gradients(model), "gradients")
+        self._assign_state()
         self.clear()
 
     def clear(self) -> None:
-        """Start an update: forget the moments, the inputs and the peaks."""
+        """Start an update: forget the moments and the peaks."""
         self.end_of_forward: Parts | None = None
         self.step_start: Parts | None = None
-        self._inputs: list[weakref.ref[UntypedStorage]] = []
-        self._forward_births = self._head_births = 0
         self.ledger.reset()
 
-    def parts(self, logits: Iterable[UntypedStorage] = (), activations_since: int | None = None) -> Parts:
-        """What is live now; see `Ledger.divide`."""
-        return self.ledger.divide(
-            activations_since,
-            weights=storages_of(weights(self.model)).values(),
-            gradients=storages_of(gradients(self.model)).values(),
-            optimizer_state=storages_of(optimizer_tensors(self.optimizer)).values(),
-            inputs=[storage for reference in self._inputs if (storage := reference()) is not None],
-            logits=logits,
-        )
+    def _assign_state(self) -> None:
+        self.ledger.assign(optimizer_tensors(self.optimizer), "optimizer")
+        self.ledger.assign(weights(self.model), "weights")  # last, as the optimizer's parameters are the model's
 
     def _before_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.is_grad_enabled():
-            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            self.ledger.adopt(inputs)
-            self._inputs += [weakref.ref(storage) for storage in storages_of(inputs).values()]
-            self._forward_births, self._head_births = self.ledger.births, 0
+            self.ledger.logits_width = None
+            self.ledger.retire()
+            self.ledger.assign((t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), "inputs")
             self.ledger.enter_phase("forward")
 
-    def _before_head(self, *_: Any) -> None:
-        self._head_births = self.ledger.births
+    def _before_head(self, head: nn.Module, *_: Any) -> None:
+        if self.ledger.phase == "forward":
+            self.ledger.logits_width = head.weight.shape[0]  # type: ignore[index,assignment]
 
-    def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+    def _after_forward(self, *_: Any) -> None:
         if torch.is_grad_enabled():
-            logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-            claim = list(storages_of(tensors_in(logits)).values())
-            if isinstance(logits, Tensor) and self._head_births:
-                claim += self.ledger.born_since(self._head_births, logits.shape[-1])
-            self.end_of_forward = self.parts(claim, self._forward_births)
+            self.end_of_forward = self.ledger.parts
+
+    def _after_gradient(self, parameter: Tensor) -> None:
+        self.ledger.assign([parameter.grad] if parameter.grad is not None else [], "gradients")
 
     def _before_step(self, *_: Any) -> None:
-        self.step_start = self.parts()
+        self.ledger.logits_width = None
+        self.ledger.retire()
+        self.step_start = self.ledger.parts
         self.ledger.enter_phase("step")
 
     def _after_step(self, *_: Any) -> None:
+        self._assign_state()
         self.ledger.enter_phase("idle")
 
 
@@ -109,6 +103,7 @@ def watch(ledger: Ledger, model: nn.Module, optimizer: Optimizer) -> Iterator[Wa
             seen.optimizer.register_step_pre_hook(seen._before_step),
             seen.optimizer.register_step_post_hook(seen._after_step),
             *([head.register_forward_pre_hook(seen._before_head)] if head is not None else []),
+            *(p.register_post_accumulate_grad_hook(seen._after_gradient) for p in model.parameters() if p.requires_grad),
         ):
             stack.callback(handle.remove)
         stack.callback(setattr, ledger, "follows_autograd", ledger.follows_autograd)
@@ -122,6 +117,7 @@ class Measurement:
 
     Attributes:
         peaks: highest live bytes of forward, backward, step and idle.
+        parts_at_peak: what they consist of.
         end_of_forward: of the last micro-batch, the model's output still alive.
         step_start: gradients complete, the step not begun.
         steady: after the update, gradients released.
@@ -133,6 +129,7 @@ class Measurement:
     """
 
     peaks: dict[str, int]
+    parts_at_peak: dict[str, Parts]
     end_of_forward: Parts
     step_start: Parts
     steady: Parts
@@ -205,9 +202,10 @@ def measure(trainer: Trainer, round_to: int | None = None) -> Measurement:
             updates.append(
                 Measurement(
                     peaks=dict(ledger.peaks),
+                    parts_at_peak={phase: Parts(**held) for phase, held in ledger.held_at_peak.items()},
                     end_of_forward=seen.end_of_forward,
                     step_start=seen.step_start,
-                    steady=seen.parts(),
+                    steady=ledger.parts,
                     gradients_between=tuple(self.gradients_between),
                     optimizer_state_by_parameter=optimizer_state_by_parameter(ledger, trainer.model, seen.optimizer),
                     step_temporary=ledger.peaks["step"] - seen.step_start.total,

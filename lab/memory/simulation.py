@@ -263,7 +263,6 @@ class Update:
             batch = self._batch()
             for _ in range(min(self.workload.accumulation, 2)):
                 self._forward_and_backward(batch)
-            ledger.part = "temporaries"
             ledger.enter_phase("step start")
             self._step(optimizer)
             ledger.enter_phase("idle")
@@ -287,10 +286,8 @@ class Update:
         return batch
 
     def _forward_and_backward(self, batch: dict[str, Tensor]) -> None:
-        self.ledger.part = "activations"
         self._enter("forward", START)
         loss = kernels.forward(self.model, self.workload, batch)
-        self.ledger.part = "temporaries"
         self._enter("backward", START)
         loss.backward()
 

@@ -71,7 +71,7 @@ def _memory_figures(measured: measurement.Measurement, model: Any) -> dict[str, 
         "gradients_bytes": step.gradients,
         "gradients_between_bytes": max(measured.gradients_between, default=0),
         "gradients_after_bytes": measured.steady.gradients,
-        "optimizer_state_bytes": measured.steady.optimizer_state,
+        "optimizer_state_bytes": measured.steady.optimizer,
         "step_temporary_bytes": measured.step_temporary,
         "steady_bytes": measured.steady.total,
     }

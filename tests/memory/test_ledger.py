@@ -316,26 +316,28 @@ def test_a_linear_layer_under_adamw(foreach: bool, temporary: int) -> None:
             optimizer.zero_grad()
             del loss
         assert ledger.live_bytes == parameters + INPUT + state
-        assert seen.parts().total == ledger.live_bytes
+        assert ledger.parts.total == ledger.live_bytes
     at_rest = parameters + INPUT + state
     assert seen.end_of_forward is not None
     assert seen.step_start is not None
     assert vars(seen.end_of_forward) == {
         "weights": parameters,
         "gradients": 0,
-        "optimizer_state": state,
-        "inputs": INPUT,
-        "logits": 0,
+        "optimizer": state,
         "activations": OUTPUT,
+        "logits": 0,
+        "temporaries": 0,
+        "inputs": INPUT,
         "other": 0,
     }
     assert vars(seen.step_start) == {
         "weights": parameters,
         "gradients": parameters,
-        "optimizer_state": state,
-        "inputs": INPUT,
-        "logits": 0,
+        "optimizer": state,
         "activations": 0,
+        "logits": 0,
+        "temporaries": 0,
+        "inputs": INPUT,
         "other": FLOAT,  # the loss
     }
     # The sum frees the output: its gradient is a view of one element.
@@ -408,12 +410,14 @@ def check_totals(found: Measurement, model: nn.Module, per_parameter: int, state
     assert found.parameters == {"total": parameters, "trainable": parameters, "stored": parameters}
     assert found.end_of_forward.weights == parameters * per_parameter + buffers
     assert found.step_start.gradients == parameters * per_parameter
-    assert found.steady.optimizer_state == parameters * state_per_parameter + tensors * FLOAT
-    assert found.steady.optimizer_state == sum(found.optimizer_state_by_parameter.values())
+    assert found.steady.optimizer == parameters * state_per_parameter + tensors * FLOAT
+    assert found.steady.optimizer == sum(found.optimizer_state_by_parameter.values())
     assert found.end_of_forward.gradients == found.steady.gradients == 0
     assert found.steady.activations == found.step_start.activations == 0
     # The largest tensor is the head: root and quotient, with mlp.down_proj's denominator still alive.
     assert found.step_temporary == (2 * VOCABULARY * HIDDEN + 48 * HIDDEN) * per_parameter
+    assert found.parts_at_peak["step"].temporaries == found.step_temporary
+    assert all(found.parts_at_peak[phase].total == peak for phase, peak in found.peaks.items())
 
 
 def test_fp32_holds_4_4_and_8_bytes_per_parameter(tmp_path: Path) -> None:
@@ -539,7 +543,7 @@ def test_8_bit_adam_shares_its_tables(tmp_path: Path) -> None:
     assert state["model.layers.0.mlp.up_proj.weight"] == 2 * large + 2 * FLOAT * large // 256
     assert state["model.norm.weight"] == 32 * 2 * FLOAT
     assert state["shared"] == 2 * 256 * FLOAT
-    assert sum(state.values()) == found.steady.optimizer_state
+    assert sum(state.values()) == found.steady.optimizer
     assert found.step_temporary == 0
 
 
