@@ -8,11 +8,13 @@ Run       lab run eight_bit_optimizer --profile cpu
 
 from __future__ import annotations
 
-from lab.claims import Claim, Evidence, Experiment, Finding, VerdictName
+from itertools import product
+
+from lab.claims import Claim, Evidence, Experiment, Finding, VerdictName, over_regimes
 from lab.params import Count, Profile, Rate, Section
 from lab.plots import Line, Plot
 from lab.records import Record
-from lab.specs import Comparison, Memory, Training, TrialSpec
+from lab.specs import Comparison, Training, TrialSpec, memory_spec
 from lab.statistics import lies_within, mean_interval, span
 
 NAME = "eight_bit_optimizer"
@@ -30,10 +32,19 @@ MARGIN = 0.05
 SEEDS_BESIDE = 3
 
 
+COUNTED = {
+    "fp32": {"optimizer": EIGHT_BIT},
+    "bf16": {"optimizer": EIGHT_BIT, "precision": "bf16"},
+    "lora": {"optimizer": EIGHT_BIT, "method": "lora"},
+    "control-bytes": {"optimizer": "adamw_torch"},
+}
+
+
 class Params(Section):
-    """`models` are counted; `task` is learnt by `tiny` from `seeds` data orders."""
+    """`models` are counted, `real_models` simulated; `task` is learnt by `tiny` from `seeds` data orders."""
 
     models: tuple[str, ...]
+    real_models: tuple[str, ...] = ()
     task: str
     seeds: Count
     updates: Count
@@ -44,15 +55,9 @@ class Params(Section):
 def trials(params: Params, profile: Profile) -> list[TrialSpec]:
     """Counts in fp32 and bf16 and with LoRA; pairs of AdamW and its 8-bit form on the same data order."""
     specs = []
-    for model in params.models:
-        for arm, settings in (
-            ("fp32", {"optimizer": EIGHT_BIT}),
-            ("bf16", {"optimizer": EIGHT_BIT, "precision": "bf16"}),
-            ("lora", {"optimizer": EIGHT_BIT, "method": "lora"}),
-            ("control-bytes", {"optimizer": "adamw_torch"}),
-        ):
-            memory = Memory.model_validate({"model": model, "device": profile.device, **settings})
-            specs.append(TrialSpec(experiment=NAME, name=f"bytes-{arm}-{model}", arm=arm, settings=memory))
+    for model, (arm, settings) in product((*params.models, *params.real_models), COUNTED.items()):
+        sim = model in params.real_models
+        specs.append(memory_spec(NAME, arm, model, profile.device, sim, model=model, **settings))
     for seed in range(params.seeds):
         adamw = Training(
             model="tiny",
@@ -98,15 +103,14 @@ def judge_bytes(evidence: Evidence) -> Finding:
         "state and fp32 weights, large matrices": [value + 4 for value in kinds["large"]],
     }
     holds = {name: all(abs(v / 6 - 1) <= TOLERANCE for v in values) for name, values in counted.items()}
-    verdict: VerdictName = "supported" if all(holds.values()) else "conditional" if any(holds.values()) else "refuted"
+    verdict = over_regimes(holds.values())
     lora = [r.figure("optimizer_state_bytes") / r.figure("parameters_trainable") for r in evidence.select("lora")]
     because = (
         "; ".join(f"{name} {span(values).estimate:.2f}" for name, values in counted.items())
         + "".join(f"; {k} {span(v).estimate:.2f}" for k, v in kinds.items() if k != "large" and v)
         + f"; a LoRA adapter {min(lora):.2f} to {max(lora):.2f}"
     )
-    state = span(whole)
-    return Finding(verdict, state.estimate, state.low, state.high, "bytes of state per parameter", state.n, because)
+    return Finding.of(verdict, span(whole), "bytes of state per parameter", because)
 
 
 def thirty_two_bit_control(evidence: Evidence) -> Evidence:
@@ -127,14 +131,15 @@ def judge_match(evidence: Evidence) -> Finding:
     """Equivalence of the test loss after the same updates on the same data, paired by seed."""
     pairs = evidence.select("pair")
     lost = mean_interval([_progress_lost(r) for r in pairs])
-    verdict = {"yes": "supported", "no": "refuted", "undecided": "inconclusive"}[lies_within(lost, -MARGIN, MARGIN)]
+    answers: dict[str, VerdictName] = {"yes": "supported", "no": "refuted", "undecided": "inconclusive"}
+    verdict = answers[lies_within(lost, -MARGIN, MARGIN)]
     apart = mean_interval([r.figure("distance") for r in pairs])
     reordered = mean_interval([r.figure("distance") for r in evidence.select("reordered")])
     because = (
         f"the parameters end {apart.estimate:.2f} of their own way apart; "
         f"AdamW on another data order ends {reordered.estimate:.2f} apart"
     )
-    return Finding(verdict, lost.estimate, lost.low, lost.high, "of AdamW's progress lost", lost.n, because)  # type: ignore[arg-type]
+    return Finding.of(verdict, lost, "of AdamW's progress lost", because)
 
 
 def slow_control(evidence: Evidence) -> Evidence:

@@ -8,7 +8,7 @@ Run       lab run grad_accumulation --profile cpu
 
 from __future__ import annotations
 
-from lab.claims import Claim, Evidence, Experiment, Finding
+from lab.claims import Claim, Evidence, Experiment, Finding, VerdictName
 from lab.params import Count, Profile, Rate, Section
 from lab.plots import Line, Plot
 from lab.records import Record
@@ -128,6 +128,7 @@ def judge(evidence: Evidence) -> Finding:
     worst = max(scaled.values(), key=lambda interval: interval.high)
     equal = {regime: interval.high <= 1 for regime, interval in scaled.items()}
     apart = {regime: interval.low > 1 for regime, interval in scaled.items()}
+    verdict: VerdictName
     if all(equal.values()):
         verdict = "supported"
     elif any(apart.values()):
@@ -148,7 +149,7 @@ def judge(evidence: Evidence) -> Finding:
         + f"; AdamW {adamw:.1e} (its first steps act on the sign), its losses differ by at most {losses:.1e}"
         + f"; {saved:.0%} fewer activation bytes, {slower.estimate:.2f} x the time"
     )
-    return Finding(verdict, worst.estimate, worst.low, worst.high, "x tolerance (the worst of four)", worst.n, because)  # type: ignore[arg-type]
+    return Finding.of(verdict, worst, "x tolerance (the worst of four)", because)
 
 
 def mean_of_means_control(evidence: Evidence) -> Evidence:

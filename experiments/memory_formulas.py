@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from itertools import product
 
-from lab.claims import Claim, Evidence, Experiment, Finding
+from lab.claims import Claim, Evidence, Experiment, Finding, VerdictName
 from lab.params import Count, Profile, Section
 from lab.plots import Line, Plot
 from lab.records import Record
-from lab.specs import Memory, TrialSpec
-from lab.statistics import Interval, exponent, span
+from lab.specs import TrialSpec, memory_spec
+from lab.statistics import exponent, span
 
 NAME = "memory_formulas"
 
@@ -35,8 +35,8 @@ REGIMES = ("fp32", "bf16", "bf16-master", "autocast")
 ATTENTION = ("eager", "sdpa")
 
 
-class Params(Section):
-    """`models` are counted in every regime; the activation curves are measured on `activation_model`."""
+class Sizes(Section):
+    """`models` are counted in every regime, the first with an untied head too; curves are of `activation_model`."""
 
     models: tuple[str, ...]
     activation_model: str
@@ -45,50 +45,45 @@ class Params(Section):
     lengths: tuple[Count, ...]
 
 
+class Params(Sizes):
+    """What is measured, and what is simulated at real scale."""
+
+    real_scale: Sizes | None = None
+
+
 def trials(params: Params, profile: Profile) -> list[TrialSpec]:
     """Weights in each precision; one training in each regime; a curve over batch and one over length."""
-    device = profile.device
-    specs = []
+    specs: list[TrialSpec] = []
 
-    def add(arm: str, name: str, **settings: object) -> None:
-        memory = Memory.model_validate({"device": device, **settings})
-        specs.append(TrialSpec(experiment=NAME, name=f"{arm}-{name}", arm=arm, settings=memory))
+    def add_all(sizes: Sizes, sim: bool) -> None:
+        def add(arm: str, name: str, **settings: object) -> None:
+            specs.append(memory_spec(NAME, arm, name, profile.device, sim, **settings))
 
-    for model in params.models:
-        for precision in PROMISED_BYTES:
-            add("weights", f"{model}-{precision}", model=model, precision=precision, updates=0)
-        for quantisation in QUANTISED:
-            add(
-                "quantised",
-                f"{model}-{quantisation}",
-                model=model,
-                precision="bf16",
-                quantisation=quantisation,
-                updates=0,
-            )
-        for regime in REGIMES:
-            add(regime, model, model=model, precision=regime)
-        add("lora", model, model=model, method="lora")
-    first = params.activation_model
-    add("untied", first, model=first, updates=0, untied=True)
-    add("accumulating", first, model=first, gradient_accumulation_steps=2)
-    for step in ("foreach", "for-loop"):
-        add("step", f"{first}-{step}", model=first, step=step)
-    add("step", f"{first}-fused", model=first, optimizer="adamw_torch_fused", step="fused")
-    for attention, batch in product(ATTENTION, params.batches):
-        add(
-            "over-batch",
-            f"{attention}-{batch}",
-            model=first,
-            attention=attention,
-            batch=batch,
-            length=params.lengths[0],
-        )
-    for attention, length in product(ATTENTION, params.lengths):
-        add("over-length", f"{attention}-{length}", model=first, attention=attention, batch=1, length=length)
-    add(
-        "wide-vocabulary", "sdpa", model=params.wide_vocabulary_model, batch=params.batches[0], length=params.lengths[0]
-    )
+        for model in sizes.models:
+            for precision in PROMISED_BYTES:
+                add("weights", f"{model}-{precision}", model=model, precision=precision, updates=0)
+            for kind in QUANTISED:
+                add("quantised", f"{model}-{kind}", model=model, precision="bf16", quantisation=kind, updates=0)
+            for regime in REGIMES:
+                add(regime, model, model=model, precision=regime)
+            add("lora", model, model=model, method="lora")
+        add("untied", sizes.models[0], model=sizes.models[0], updates=0, untied=True)
+        first, batches, lengths = sizes.activation_model, sizes.batches, sizes.lengths
+        add("accumulating", first, model=first, gradient_accumulation_steps=2)
+        for step in ("foreach", "for-loop"):
+            add("step", f"{first}-{step}", model=first, step=step)
+        add("step", f"{first}-fused", model=first, optimizer="adamw_torch_fused", step="fused")
+        for kind, batch in product(ATTENTION, batches):
+            point = {"batch": batch, "length": lengths[0]}
+            add("over-batch", f"{kind}-{batch}", model=first, attention=kind, **point)
+        for kind, length in product(ATTENTION, lengths):
+            add("over-length", f"{kind}-{length}", model=first, attention=kind, length=length)
+        wide = sizes.wide_vocabulary_model
+        add("wide-vocabulary", "sdpa", model=wide, batch=batches[0], length=lengths[0])
+
+    add_all(params, sim=False)
+    if params.real_scale:
+        add_all(params.real_scale, sim=True)
     return specs
 
 
@@ -110,7 +105,7 @@ def judge_weights(evidence: Evidence) -> Finding:
         values = [_bytes_per_parameter(r) for r in evidence.select("quantised", quantisation=quantisation)]
         parts.append(f"{quantisation} {min(values):.2f} to {max(values):.2f}")
     because = f"bytes per parameter of a whole quantised model: {', '.join(parts)} (embedding, head, norms in 16 bits)"
-    return _finding("supported" if holds else "refuted", ratio, "x promised bytes", because)
+    return Finding.of("supported" if holds else "refuted", ratio, "x promised bytes", because)
 
 
 def untied_control(evidence: Evidence) -> Evidence:
@@ -136,7 +131,7 @@ def judge_gradients(evidence: Evidence) -> Finding:
         f"LoRA {min(lora):.3f} to {max(lora):.3f} of the weights; full fine-tuning {min(full):.3f} to {max(full):.3f}; "
         f"between micro-batches {between:.2f}, after the update {after:.0f} bytes (set to none)"
     )
-    return _finding(_over_regimes(full, lora, 1.0), span(full), "x weight bytes", because)
+    return Finding.of(_over_regimes(full, lora, 1.0), span(full), "x weight bytes", because)
 
 
 def adapter_control(evidence: Evidence) -> Evidence:
@@ -164,8 +159,10 @@ def judge_adamw(evidence: Evidence) -> Finding:
         ", ".join(f"{regime} {span(values).estimate:.2f}" for regime, values in by_regime.items())
         + f" bytes per parameter; the step's temporary adds {', '.join(steps)}"
     )
-    verdict = "supported" if not no else "refuted" if not yes else "conditional"
-    return _finding(verdict, span([v for values in by_regime.values() for v in values]), "bytes per parameter", because)
+    verdict: VerdictName = "supported" if not no else "refuted" if not yes else "conditional"
+    return Finding.of(
+        verdict, span([v for values in by_regime.values() for v in values]), "bytes per parameter", because
+    )
 
 
 def no_master_control(evidence: Evidence) -> Evidence:
@@ -191,12 +188,12 @@ def judge_activations(evidence: Evidence) -> Finding:
     share = wide.figure("logits_bytes") / (wide.figure("logits_bytes") + wide.figure("activations_bytes"))
     because = (
         ", ".join(f"{over} {kind} {fit.estimate:.2f}" for (over, kind), fit in fits.items())
-        + f"; logits are {share:.0%} of it with a vocabulary of 32,768"
+        + f"; logits are {share:.0%} of it with a vocabulary of {wide.figure('vocabulary'):,.0f}"
     )
-    verdict = (
+    verdict: VerdictName = (
         "supported" if lowest.low >= LEAST_EXPONENT else "refuted" if lowest.high < LEAST_EXPONENT else "inconclusive"
     )
-    return _finding(verdict, lowest, "exponent (the smallest of four)", because)
+    return Finding.of(verdict, lowest, "exponent (the smallest of four)", because)
 
 
 def flat_control(evidence: Evidence) -> Evidence:
@@ -221,14 +218,10 @@ def activation_lines(evidence: Evidence) -> dict[str, Line]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _over_regimes(inside: list[float], outside: list[float], promised: float) -> str:
+def _over_regimes(inside: list[float], outside: list[float], promised: float) -> VerdictName:
     """Supported if both groups keep the promise, conditional if the first alone does, refuted if it does not."""
     keeps = [all(abs(value / promised - 1) <= TOLERANCE for value in group) for group in (inside, outside)]
     return "refuted" if not keeps[0] else "supported" if keeps[1] else "conditional"
-
-
-def _finding(verdict: str, interval: Interval, unit: str, because: str) -> Finding:
-    return Finding(verdict, interval.estimate, interval.low, interval.high, unit, interval.n, because)  # type: ignore[arg-type]
 
 
 EXPERIMENT = Experiment(

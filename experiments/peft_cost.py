@@ -1,26 +1,27 @@
-"""What LoRA costs against full fine-tuning: how many parameters it trains, and how much memory it saves.
+"""What parameter-efficient methods cost against full fine-tuning: how many parameters they train, what memory they save.
 
 Claims    peft-trains-few-parameters, peft-saves-memory (lecture 3)
-Refuted   if more than SMALL_SHARE is trained or the closed form is wrong; if less than LEAST_SAVING is saved anywhere
-Control   full fine-tuning presented as LoRA
+Refuted   if more than SMALL_SHARE is trained or the closed form is wrong; if no method saves LEAST_SAVING anywhere
+Control   full fine-tuning presented as each method
 Run       lab run peft_cost --profile cpu
 
-Counts, not draws: the intervals are spans over models, ranks, or the grid of batch and length.
+Counts, not draws: the intervals are spans over models, ranks, methods, or points of batch and length.
 """
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
-from lab.claims import Claim, Evidence, Experiment, Finding
+from lab.claims import Claim, Evidence, Experiment, Finding, VerdictName, over_regimes
 from lab.params import Count, Profile, Section
 from lab.plots import Line, Plot
 from lab.records import Record
-from lab.specs import Memory, TrialSpec
-from lab.statistics import Interval, span
+from lab.specs import Precision, TrialSpec, memory_spec
+from lab.statistics import span
 
 NAME = "peft_cost"
-METHODS = ("full", "lora")
+METHODS = ("lora", "qlora", "dora", "ia3", "prompt", "prefix", "ptuning")
+RANKED = ("lora", "dora")
 
 # A share that is small: the gradients and AdamW moments of 5 % of the parameters take at most 0.6 bytes per parameter
 # of the base in fp32 (0.05 x 12), under a third of its weights in bf16, so that the base alone decides what fits.
@@ -30,32 +31,51 @@ SMALL_SHARE = 0.05
 LEAST_SAVING = 0.10
 
 
-class Params(Section):
-    """Parameters are counted on `count_models` at each rank; peaks measured on a grid of batches and lengths."""
+class Sizes(Section):
+    """Parameters are counted on `count_models` at each rank; peaks found at each (batch, length) of `points`."""
 
     count_models: tuple[str, ...]
     count_ranks: tuple[Count, ...]
-    memory_model: str
-    batches: tuple[Count, ...]
-    lengths: tuple[Count, ...]
+    memory_models: tuple[str, ...]
+    precision: Precision
+    points: tuple[tuple[Count, Count], ...]
+
+
+class Params(Sizes):
+    """What is measured, and what is simulated at real scale."""
+
+    real_scale: Sizes | None = None
 
 
 def trials(params: Params, profile: Profile) -> list[TrialSpec]:
-    """Parameter counts, and peaks on the grid, of LoRA and of full fine-tuning."""
-    specs = []
+    """Parameter counts, and peaks at each point, of every method and of full fine-tuning."""
+    specs: list[TrialSpec] = []
 
-    def add(arm: str, name: str, settings: Memory) -> None:
-        specs.append(TrialSpec(experiment=NAME, name=f"{arm}-{name}", arm=arm, settings=settings))
+    def add_all(sizes: Sizes, sim: bool) -> None:
+        def add(arm: str, name: str, **settings: object) -> None:
+            specs.append(memory_spec(NAME, arm, name, profile.device, sim, **settings))
 
-    device = profile.device
-    for model, rank in product(params.count_models, params.count_ranks):
-        lora = Memory(model=model, method="lora", method_options={"rank": rank}, updates=0, device=device)
-        add("count-lora", f"{model}-r{rank}", lora)
-    for model in params.count_models:
-        add("count-full", model, Memory(model=model, updates=0, device=device))
-    for batch, length, method in product(params.batches, params.lengths, METHODS):
-        memory = Memory(model=params.memory_model, method=method, batch=batch, length=length, device=device)
-        add(f"peak-{method}", f"{batch}x{length}", memory)
+        for model, method in product(sizes.count_models, ("full", *METHODS)):
+            if method in RANKED:
+                for rank in sizes.count_ranks:
+                    options = {"rank": rank}
+                    add(
+                        f"count-{method}",
+                        f"{model}-r{rank}",
+                        model=model,
+                        method=method,
+                        method_options=options,
+                        updates=0,
+                    )
+            elif method != "qlora":  # it trains what LoRA trains
+                add(f"count-{method}", model, model=model, method=method, updates=0)
+        for model, (batch, length), method in product(sizes.memory_models, sizes.points, ("full", *METHODS)):
+            setup = {"model": model, "batch": batch, "length": length, "precision": sizes.precision}
+            add(f"peak-{method}", f"{model}-{batch}x{length}", method=method, **setup)
+
+    add_all(params, sim=False)
+    if params.real_scale:
+        add_all(params.real_scale, sim=True)
     return specs
 
 
@@ -64,83 +84,109 @@ def trials(params: Params, profile: Profile) -> list[TrialSpec]:
 
 def judge_few(evidence: Evidence) -> Finding:
     """Trainable parameters over those of the base, and whether the closed form gives the same count."""
-    found = evidence.select("count-lora")
-    shares = [r.figure("parameters_trainable") / r.figure("parameters_base") for r in found]
+    found = [r for method in METHODS if method != "qlora" for r in evidence.select(f"count-{method}")]
+    shares = [_share(r) for r in found]
     wrong = [r.spec.name for r in found if r.figure("parameters_trainable") != r.figures.get("parameters_closed_form")]
     small = [share <= SMALL_SHARE for share in shares]
-    verdict = "refuted" if wrong or not any(small) else "supported" if all(small) else "conditional"
+    verdict: VerdictName = "refuted" if wrong or not any(small) else "supported" if all(small) else "conditional"
+    stored = evidence.select("count-ptuning")[0]
     because = (
         f"counts differ from the closed form: {', '.join(wrong)}"
         if wrong
         else "; ".join(
-            f"{r.setting('model')} rank {r.setting('method_options')['rank']}: {share:.1%}"
-            for r, share in zip(found, shares, strict=True)
+            f"{model}: {', '.join(f'{_name(r)} {_share(r):.2g}' for r in sorted(group, key=_share))}"
+            for model, group in _by_model(found).items()
         )
+        + f"; P-Tuning stores {stored.figure('parameters_stored') / stored.figure('parameters_trainable'):.1%} of what it trains"
     )
-    return _finding(verdict, span(shares), "of the base's parameters", because)
+    return Finding.of(verdict, span(shares), "of the base's parameters", because)
+
+
+def _share(record: Record) -> float:
+    return record.figure("parameters_trainable") / record.figure("parameters_base")
+
+
+def _name(record: Record) -> str:
+    rank = record.setting("method_options").get("rank")
+    return f"{record.setting('method')}{f' r{rank}' if rank else ''}"
+
+
+def _by_model(records: list[Record]) -> dict[str, list[Record]]:
+    models = dict.fromkeys(str(r.setting("model")) for r in records)
+    return {model: [r for r in records if r.setting("model") == model] for model in models}
 
 
 def full_counts(evidence: Evidence) -> Evidence:
-    """Full fine-tuning presented as LoRA."""
-    return evidence.replace("count-lora", by="count-full")
+    """Full fine-tuning presented as every method."""
+    for method in METHODS:
+        if evidence.has(f"count-{method}"):
+            evidence = evidence.replace(f"count-{method}", by="count-full")
+    return evidence
 
 
 # peft-saves-memory ----------------------------------------------------------------------------------------------
 
 
-def _savings(evidence: Evidence, figure: str) -> list[tuple[int, float]]:
-    """(tokens per batch, share of full fine-tuning's bytes that LoRA saves), by tokens."""
-    full = {_grid(r): r.figure(figure) for r in evidence.select("peak-full")}
-    lora = {_grid(r): r.figure(figure) for r in evidence.select("peak-lora")}
-    return sorted((point[0] * point[1], 1 - lora[point] / full[point]) for point in full)
+def _savings(evidence: Evidence, model: str, method: str, figure: str) -> list[tuple[int, float]]:
+    """(tokens per batch, share of full fine-tuning's bytes that the method saves), by tokens."""
+    full, other = (
+        {(r.setting("batch"), r.setting("length")): r.figure(figure) for r in evidence.select(f"peak-{m}", model=model)}
+        for m in ("full", method)
+    )
+    return sorted((batch * length, 1 - other[batch, length] / full[batch, length]) for batch, length in full)
 
 
-def _grid(record: Record) -> tuple[int, int]:
-    return record.setting("batch"), record.setting("length")
+def _fades_at(points: list[tuple[int, float]]) -> int | None:
+    """Tokens per batch at which the saving falls under LEAST_SAVING, on the line between two points; None: it does not."""
+    if points[0][1] < LEAST_SAVING:
+        return points[0][0]
+    for (low, before), (high, after) in pairwise(points):
+        if after < LEAST_SAVING:
+            return round(low + (high - low) * (before - LEAST_SAVING) / (before - after))
+    return None
+
+
+def _models(evidence: Evidence) -> list[str]:
+    return list(_by_model(evidence.select("peak-full")))
 
 
 def judge_memory(evidence: Evidence) -> Finding:
-    """Savings at the peak over the grid, from few tokens to many."""
-    peaks = _savings(evidence, "peak_bytes")
-    steady = span([saving for _, saving in _savings(evidence, "steady_bytes")])
-    values = [saving for _, saving in peaks]
+    """Savings at the peak, from few tokens to many, of every method."""
+    values, parts = [], []
+    for model in _models(evidence):
+        words = []
+        for method in METHODS:
+            peaks = _savings(evidence, model, method, "peak_bytes")
+            steady = _savings(evidence, model, method, "steady_bytes")[0][1]
+            values += [saving for _, saving in peaks]
+            fades = _fades_at(peaks)
+            until = f"under {LEAST_SAVING:.0%} from about {fades:,} tokens a batch" if fades else "never under it"
+            words.append(f"{method} {peaks[0][1]:.0%} to {peaks[-1][1]:.0%} ({until}; between updates {steady:.0%})")
+        parts.append(f"{model}: {', '.join(words)}")
     enough = [saving >= LEAST_SAVING for saving in values]
-    verdict = "supported" if all(enough) else "conditional" if any(enough) else "refuted"
-    first_small = next((tokens for tokens, saving in peaks if saving < LEAST_SAVING), None)
-    flip = (
-        f"under {LEAST_SAVING:.0%} from {first_small} tokens a batch" if first_small else "at every point of the grid"
-    )
-    because = (
-        f"peak {values[0]:.0%} at {peaks[0][0]} tokens a batch, {values[-1]:.0%} at {peaks[-1][0]}, {flip}; "
-        f"between updates {steady.estimate:.0%}"
-    )
-    return _finding(verdict, span(values), "of the peak saved", because)
+    verdict = over_regimes(enough)
+    return Finding.of(verdict, span(values), "of the peak saved", "; ".join(parts))
 
 
 def full_memory(evidence: Evidence) -> Evidence:
-    """Full fine-tuning presented as LoRA."""
-    return evidence.replace("peak-lora", by="peak-full")
+    """Full fine-tuning presented as every method."""
+    for method in METHODS:
+        evidence = evidence.replace(f"peak-{method}", by="peak-full")
+    return evidence
 
 
 def saving_lines(evidence: Evidence) -> dict[str, Line]:
-    """Savings over tokens per batch, at the peak and between updates."""
+    """Savings at the peak over tokens per batch, of each method on the last model."""
     lines = {}
-    for figure, label in (("peak_bytes", "at the peak"), ("steady_bytes", "between updates")):
-        points = _savings(evidence, figure)
-        lines[label] = Line([tokens for tokens, _ in points], [100 * saving for _, saving in points])
+    for method in METHODS:
+        points = _savings(evidence, _models(evidence)[-1], method, "peak_bytes")
+        lines[method] = Line([tokens for tokens, _ in points], [100 * saving for _, saving in points])
     return lines
-
-
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _finding(verdict: str, interval: Interval, unit: str, because: str) -> Finding:
-    return Finding(verdict, interval.estimate, interval.low, interval.high, unit, interval.n, because)  # type: ignore[arg-type]
 
 
 EXPERIMENT = Experiment(
     name=NAME,
-    title="What LoRA costs",
+    title="What parameter-efficient methods cost",
     params=Params,
     trials=trials,
     claims=(
@@ -150,12 +196,12 @@ EXPERIMENT = Experiment(
             lecture="3",
             tiers=("sim", "cpu"),
             threshold=f"at most {SMALL_SHARE:.0%} of the base's parameters, and exactly as many as the closed form says",
-            scope="LoRA on all linear layers; count, no draw: the interval is the span over models and ranks",
+            scope="every method with its defaults, LoRA and DoRA on all linear layers; count, no draw: span over all",
             judge=judge_few,
-            controls={"full fine-tuning as LoRA": full_counts},
+            controls={"full fine-tuning as every method": full_counts},
             advice={
-                "supported": "Expect an adapter of a few per cent of the model at any rank you would use.",
-                "conditional": "Count on a small share from about 100M parameters on; for smaller models lower the rank.",
+                "supported": "Expect an adapter of a few per cent of the model at most, whatever the method.",
+                "conditional": "Count on a small share from 100M parameters on; P-Tuning's encoder and high ranks are larger.",
                 "refuted": "Count the trainable parameters before you train; they are not few.",
             },
             stated={"cpu": "conditional", "full": "conditional"},
@@ -165,10 +211,10 @@ EXPERIMENT = Experiment(
             statement="parameter-efficient fine-tuning saves memory",
             lecture="3",
             tiers=("sim", "cpu", "gpu"),
-            threshold=f"at least {LEAST_SAVING:.0%} of full fine-tuning's peak, over the whole grid of batch and length",
-            scope="LoRA rank 8 in fp32, no checkpointing; bytes, no draw: the interval is the span over the grid",
+            threshold=f"at least {LEAST_SAVING:.0%} of full fine-tuning's peak, for every method at every batch and length",
+            scope="AdamW, no checkpointing, base as trained in full (QLoRA: nf4); bytes, no draw: span over methods and points",
             judge=judge_memory,
-            controls={"full fine-tuning as LoRA": full_memory},
+            controls={"full fine-tuning as every method": full_memory},
             advice={
                 "supported": "Switch to LoRA when full fine-tuning does not fit.",
                 "conditional": "Switch to LoRA to save gradients and optimizer state; against activations use a "
@@ -179,6 +225,13 @@ EXPERIMENT = Experiment(
         ),
     ),
     plots=(
-        Plot("lora-saving", "What LoRA saves", "tokens per batch", "% of full fine-tuning", saving_lines, log_x=True),
+        Plot(
+            "peft-saving",
+            "What each method saves at the peak",
+            "tokens per batch",
+            "% of full fine-tuning's peak",
+            saving_lines,
+            log_x=True,
+        ),
     ),
 )

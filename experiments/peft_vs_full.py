@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import Field
 
-from lab.claims import Claim, Evidence, Experiment, Finding
+from lab.claims import Claim, Evidence, Experiment, Finding, VerdictName
 from lab.params import Count, Profile, Rate, Section
 from lab.plots import Line, Plot
 from lab.records import Record
@@ -291,6 +291,7 @@ def _over_cells(
 ) -> Finding:
     """One verdict over several cells; the effect is that of the cell with the lowest bound."""
     given = set(answers.values())
+    verdict: VerdictName
     if given == {"yes"}:
         verdict = "supported"
     elif given == {"no"}:
@@ -301,11 +302,7 @@ def _over_cells(
         verdict = "inconclusive"
     worst = min(gaps.values(), key=lambda gap: gap.low)
     scaled = Interval(scale * worst.estimate, scale * worst.low, scale * worst.high, worst.n)
-    return _finding(verdict, scaled, unit, because)
-
-
-def _finding(verdict: str, interval: Interval, unit: str, because: str) -> Finding:
-    return Finding(verdict, interval.estimate, interval.low, interval.high, unit, interval.n, because)  # type: ignore[arg-type]
+    return Finding.of(verdict, scaled, unit, because)
 
 
 def _mean(values: Sequence[float]) -> float:

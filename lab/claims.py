@@ -18,6 +18,7 @@ from lab.params import Profile, Section, parse
 from lab.plots import Plot
 from lab.records import Record
 from lab.specs import TrialSpec
+from lab.statistics import Interval
 
 VerdictName = Literal["supported", "refuted", "conditional", "inconclusive", "not run"]
 Tier = Literal["sim", "cpu", "gpu"]
@@ -90,6 +91,17 @@ class Finding:
     because: str
     records: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, verdict: VerdictName, interval: Interval, unit: str, because: str) -> Finding:
+        """A finding whose number is an interval."""
+        return cls(verdict, interval.estimate, interval.low, interval.high, unit, interval.n, because)
+
+
+def over_regimes(holds: Iterable[bool]) -> VerdictName:
+    """`supported` if a claim holds in every regime, `refuted` if in none, `conditional` otherwise."""
+    holds = list(holds)
+    return "supported" if all(holds) else "conditional" if any(holds) else "refuted"
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -107,7 +119,8 @@ class Claim:
     advice: Mapping[str, str]
     """One line for someone with one GPU, by verdict."""
     stated: Mapping[str, VerdictName] = field(default_factory=dict)
-    """The verdict that the committed evidence gave, by profile; a test compares, so that a change is noticed."""
+    """The verdict that the committed evidence gave, by profile, and under `sim` that of the sim tier in any profile; a
+    test compares, so that a change is noticed."""
 
 
 @dataclass(frozen=True)
@@ -215,14 +228,20 @@ def discover(package: str = "experiments") -> Registry:
     return Registry(dict(sorted(found.items(), key=lambda item: (min(c.lecture for c in item[1].claims), item[0]))))
 
 
+def in_tier(records: Iterable[Record], tier: Tier) -> list[Record]:
+    """The records that are evidence for the sim tier, or for that of the device."""
+    return [record for record in records if (record.spec.tier == "sim") == (tier == "sim")]
+
+
 def judge(
     experiment: Experiment, claim: Claim, profile: str, tier: Tier, records: list[Record], planned: int
 ) -> Verdict:
-    """The verdict of a claim on the records of one profile, and what the same judge says of the planted fault.
+    """The verdict of a claim on one tier's records of a profile, and what the same judge says of the planted fault.
 
     A claim none of whose controls is judged otherwise is `inconclusive`: its check could not have failed. A control
     whose own records are missing does not count.
     """
+    records = in_tier(records, tier)
     evidence = Evidence(records)
     control = "not run"
     if tier not in claim.tiers:

@@ -37,8 +37,8 @@ class Plot:
     log_y: bool = False
 
 
-def draw(plot: Plot, evidence: Evidence, folder: Path) -> Path | None:
-    """Draw a plot into `folder/<name>.svg`; None where the evidence is not there, or not whole."""
+def draw(plot: Plot, evidence: Evidence, path: Path) -> Path | None:
+    """Draw a plot into the SVG file `path`; None where the evidence is not there, or not whole."""
     from lab.claims import UNFIT
 
     try:
@@ -67,6 +67,5 @@ def draw(plot: Plot, evidence: Evidence, folder: Path) -> Path | None:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     plt.close(figure)
-    path = folder / f"{plot.name}.svg"
     records.write_text(path, buffer.getvalue())
     return path

@@ -83,16 +83,17 @@ def number(value: float | None) -> str:
 
 
 def verdict_table(found: Sequence[Verdict], console: Console | None = None) -> None:
-    """Claim, verdict, effect with interval, n, one line of advice; a table for each profile."""
+    """Claim, tier, verdict, effect with interval, n, one line of advice; a table for each profile."""
     console = console or _console()
     for profile in dict.fromkeys(verdict.profile for verdict in found):
         table = Table(title=f"Verdicts, profile {profile}", title_justify="left", show_lines=True)
-        for column in ("claim", "verdict", "effect [interval]", "n", "advice"):
+        for column in ("claim", "tier", "verdict", "effect [interval]", "n", "advice"):
             table.add_column(column, overflow="fold")
         for verdict in (v for v in found if v.profile == profile):
             colour = COLOURS[verdict.verdict]
             table.add_row(
                 verdict.claim,
+                verdict.tier,
                 f"[{colour}]{verdict.verdict}[/{colour}]",
                 effect(verdict),
                 str(verdict.n),

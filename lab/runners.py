@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from lab.specs import Comparison, Memory, Training
+from lab.specs import Comparison, Memory, Simulation, Training
 from lab.workspace import Workspace
 
 RUNNERS = {
     "training": "lab.training:train",
     "comparison": "lab.training:compare",
     "memory": "lab.memory.trial:measure_memory",
+    "simulation": "lab.memory.simulated_trial:simulate_memory",
 }
 """By kind of trial, `module:function`. What the module imports of `lab` is the code that can change the numbers."""
 
@@ -27,7 +28,7 @@ class Outcome:
     diverged: str = ""
 
 
-def execute(settings: Training | Comparison | Memory, workspace: Workspace) -> Outcome:
+def execute(settings: Training | Comparison | Memory | Simulation, workspace: Workspace) -> Outcome:
     """Run one trial in this process."""
     module, function = RUNNERS[settings.kind].split(":")
     outcome: Outcome = getattr(import_module(module), function)(settings, workspace)

@@ -56,10 +56,9 @@ class Comparison(Settings):
     """At how many updates, evenly spaced, the parameters are compared."""
 
 
-class Memory(Settings):
-    """A few updates of a model on random tokens under the ledger: bytes by part and by phase."""
+class Setup(Settings):
+    """What training takes memory for: a model, a method, an optimizer, a batch of random tokens."""
 
-    kind: Literal["memory"] = "memory"
     model: str
     method: str = "full"
     method_options: dict[str, Any] = {}
@@ -70,7 +69,6 @@ class Memory(Settings):
     batch: Count = 1
     length: Count = 32
     gradient_accumulation_steps: Count = 1
-    attention: Literal["eager", "sdpa"] = "sdpa"
     checkpointing: bool = False
     updates: int = Field(default=2, ge=0)
     """0 loads the model and counts, without training."""
@@ -78,6 +76,25 @@ class Memory(Settings):
     """A planted fault: the output head gets a copy of the embedding instead of sharing it."""
     seed: int = 0
     device: Literal["cpu", "cuda"] = "cpu"
+
+
+class Memory(Setup):
+    """A few updates on random tokens under the ledger: bytes by part and by phase."""
+
+    kind: Literal["memory"] = "memory"
+    attention: Literal["eager", "sdpa"] = "sdpa"
+
+
+class Simulation(Setup):
+    """The same figures from tensors that have shapes and no storage: any size of model, any device."""
+
+    kind: Literal["simulation"] = "simulation"
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    loss: Literal["full", "full-shifted", "chunked", "fused"] = "full"
+    vocabulary: Count | None = None
+    """Rows of a resized embedding; None: the model's own."""
+    gpu: str | None = None
+    """The card, where its libraries' workspaces count."""
 
 
 class TrialSpec(Settings):
@@ -88,7 +105,9 @@ class TrialSpec(Settings):
     arm: str
     threads: Count = 1
     """Processor threads. Trials run side by side while the profile's threads last; a trial that is timed takes all."""
-    settings: Annotated[Training | Comparison | Memory, Field(discriminator="kind")]
+    tier: Literal["sim"] | None = None
+    """`sim` if this is evidence for the sim tier; None: for the tier of the profile's device."""
+    settings: Annotated[Training | Comparison | Memory | Simulation, Field(discriminator="kind")]
 
     def models(self) -> set[str]:
         """The prepared models that the trial reads."""
@@ -100,3 +119,18 @@ class TrialSpec(Settings):
         """A hash of the settings: two trials with one digest are the same trial."""
         text = json.dumps(self.settings.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def memory_spec(
+    experiment: str, arm: str, name: str, device: Literal["cpu", "cuda"], sim: bool = False, **settings: Any
+) -> TrialSpec:
+    """A trial that measures memory on the device, or, for the sim tier, simulates it on a CUDA device.
+
+    Args:
+        name: of the trial within its arm.
+        settings: see `Memory` and `Simulation`.
+    """
+    kind = Simulation if sim else Memory
+    setup = kind.model_validate({"device": "cuda" if sim else device, **settings})
+    name, tier = (f"sim-{arm}-{name}", "sim") if sim else (f"{arm}-{name}", None)
+    return TrialSpec(experiment=experiment, name=name, arm=arm, tier=tier, settings=setup)

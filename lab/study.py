@@ -8,18 +8,21 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from lab import records
-from lab.claims import Evidence, Experiment, Registry, Tier, Verdict, discover, judge
+from lab.claims import Evidence, Experiment, Registry, Tier, Verdict, discover, in_tier, judge
 from lab.errors import LabError
 from lab.params import Params, Profile, load_params
+from lab.plots import Plot
 from lab.records import Record
-from lab.specs import Comparison, Memory, Training, TrialSpec
+from lab.specs import Comparison, Setup, Training, TrialSpec
 from lab.trials import shape_fingerprint
 from lab.workspace import Workspace
 
@@ -59,6 +62,11 @@ class Study:
     def tier(self) -> Tier:
         """Where the profile's evidence comes from."""
         return "gpu" if self.profile.device == "cuda" else "cpu"
+
+    @property
+    def tiers(self) -> tuple[Tier, Tier]:
+        """That of the device, and the simulated one."""
+        return (self.tier, "sim")
 
     def require_device(self) -> None:
         """The profile's device is there.
@@ -131,7 +139,7 @@ class Study:
         """The tasks that the profile's trials read."""
         return sorted({settings.task for settings in self._settings() if isinstance(settings, Training)})
 
-    def _settings(self) -> Iterator[Training | Memory]:
+    def _settings(self) -> Iterator[Training | Setup]:
         for experiment in self.registry.experiments.values():
             for spec in self.plan(experiment):
                 yield from _runs(spec)
@@ -148,10 +156,12 @@ class Study:
         found = []
         for experiment in self.registry.experiments.values():
             specs = self.plan(experiment)
+            planned = Counter[Tier](spec.tier or self.tier for spec in specs)
             names = {spec.name for spec in specs}
             kept = [record for record in self.evidence(experiment.name)[0] if record.spec.name in names]
-            for claim in experiment.claims:
-                found.append(judge(experiment, claim, self.workspace.profile, self.tier, kept, len(specs)))
+            for claim, tier in product(experiment.claims, self.tiers):
+                if tier in claim.tiers:
+                    found.append(judge(experiment, claim, self.workspace.profile, tier, kept, planned[tier]))
         return found
 
     def stale(self, experiment: Experiment) -> list[str]:
@@ -173,8 +183,11 @@ class Study:
 
     def plots(self, experiment: Experiment) -> list[Path]:
         """The plots of an experiment that have been drawn."""
-        paths = [self.workspace.results / "plots" / f"{plot.name}.svg" for plot in experiment.plots]
+        paths = [self._plot_path(plot, tier) for plot, tier in product(experiment.plots, self.tiers)]
         return [path for path in paths if path.is_file()]
+
+    def _plot_path(self, plot: Plot, tier: Tier) -> Path:
+        return self.workspace.results / "plots" / f"{plot.name}{'-sim' * (tier == 'sim')}.svg"
 
     def write_verdicts(self) -> None:
         """Write verdicts.json, the metrics for DVC, and the plots."""
@@ -183,18 +196,18 @@ class Study:
         folder = self.workspace.results
         rows = [dataclasses.asdict(verdict) for verdict in self.verdicts]
         records.write_text(folder / "verdicts.json", json.dumps(tidy(rows), indent=1) + "\n")
-        metrics = {
-            v.claim: {"verdict": v.verdict, "effect": v.effect, "low": v.low, "high": v.high, "n": v.n}
-            for v in self.verdicts
-        }
+        metrics: dict[str, dict[str, Any]] = {}
+        for v in self.verdicts:
+            values = {"verdict": v.verdict, "effect": v.effect, "low": v.low, "high": v.high, "n": v.n}
+            metrics.setdefault(v.claim, {})[v.tier] = values
         records.write_text(folder / "metrics.json", json.dumps(tidy(metrics), indent=1) + "\n")
         for experiment in self.registry.experiments.values():
-            evidence = Evidence(self.evidence(experiment.name)[0])
-            for plot in experiment.plots:
-                draw(plot, evidence, folder / "plots")
+            found = self.evidence(experiment.name)[0]
+            for plot, tier in product(experiment.plots, self.tiers):
+                draw(plot, Evidence(in_tier(found, tier)), self._plot_path(plot, tier))
 
 
-def _runs(spec: TrialSpec) -> list[Training | Memory]:
+def _runs(spec: TrialSpec) -> list[Training | Setup]:
     settings = spec.settings
     return [settings.first, settings.second] if isinstance(settings, Comparison) else [settings]
 

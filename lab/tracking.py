@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from lab.records import Record
-from lab.specs import Comparison, Memory
+from lab.specs import Comparison, Setup
 from lab.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -457,7 +457,7 @@ def _data_sets(record: Record, workspace: Workspace) -> list[DatasetInput]:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     settings, digest = record.spec.settings, record.provenance.inputs.get("data")
-    if isinstance(settings, Memory) or not digest:
+    if isinstance(settings, Setup) or not digest:
         return []
     runs = [settings.first, settings.second] if isinstance(settings, Comparison) else [settings]
     source = {"uri": str(workspace.data.relative_to(workspace.root))}

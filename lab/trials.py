@@ -22,12 +22,13 @@ from lab import records
 from lab.errors import LabError
 from lab.models import shapes
 from lab.records import Provenance, Record, Status
-from lab.specs import Comparison, Training, TrialSpec
+from lab.specs import Comparison, Simulation, Training, TrialSpec
 from lab.workspace import Workspace
 
 PRELOAD = [
     "lab.trials",
     "lab.memory.trial",
+    "lab.memory.simulated_trial",
     "bitsandbytes",
     "peft",
     "transformers.optimization",
@@ -37,6 +38,10 @@ PRELOAD = [
 
 # On import it asks for a package that is not needed; the server, which imports this module first, would print that.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+SIMULATED = "none (simulated)"
+"""The device of a trial on tensors without storage."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +192,7 @@ class Origin:
     def provenance(self, spec: TrialSpec, started: str, seconds: float) -> Provenance:
         """The provenance of one record."""
         python, platform = records.describe_python()
+        simulated = isinstance(spec.settings, Simulation)
         return Provenance(
             commit=self.commit,
             dirty=self.dirty,
@@ -196,8 +202,8 @@ class Origin:
             versions=records.stack_versions(),
             python=python,
             platform=platform,
-            device=self.device,
-            device_memory_bytes=self.device_memory_bytes,
+            device=SIMULATED if simulated else self.device,
+            device_memory_bytes=0 if simulated else self.device_memory_bytes,
             threads=spec.threads,
             started=started,
             seconds=round(seconds, 3),

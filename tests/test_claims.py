@@ -20,16 +20,19 @@ from lab.claims import (
     Finding,
     MissingEvidence,
     Registry,
+    Tier,
     Verdict,
     VerdictName,
     discover,
     judge,
 )
 from lab.errors import LabError
+from lab.memory.ledger import Parts
+from lab.memory.workload import PHASES
 from lab.params import Count, Profile, Section
 from lab.plots import Plot, draw
 from lab.records import Record
-from lab.specs import Comparison, Memory, Training, TrialSpec
+from lab.specs import Comparison, Memory, Setup, Training, TrialSpec
 from lab.study import Study
 from lab.trials import shape_fingerprint
 from tests.conftest import ROOT
@@ -294,7 +297,7 @@ def reachable_verdicts(function: Callable[..., Any]) -> set[str]:
                 found.add(constant)
         for name in code.co_names:
             called = module.get(name)
-            if isinstance(called, types.FunctionType) and called.__module__.startswith("experiments"):
+            if isinstance(called, types.FunctionType) and called.__module__.startswith(("experiments", "lab.claims")):
                 read(called.__code__, called.__globals__)
 
     read(function.__code__, function.__globals__)
@@ -320,12 +323,13 @@ def test_every_claim_says_before_its_evidence_what_would_refute_it(experiment: E
     assert claim.threshold
     assert claim.scope
     assert claim.tiers
-    assert set(claim.stated) <= {"cpu", "full", "gpu"}
+    assert set(claim.stated) <= {"cpu", "full", "gpu", "sim"}
 
 
 # Part of the evidence -------------------------------------------------------------------------------------------
 
 FIGURES = {
+    "vocabulary": 1000.0,
     **{f"parameters_{kind}": 1000.0 for kind in ("total", "base", "trainable", "stored", "closed_form")},
     **{f"{side}_test_loss": loss for side, loss in (("base", 3.0), ("first", 1.0), ("second", 1.1))},
     **{f"{side}_seconds_per_update": 0.1 for side in ("first", "second")},
@@ -360,9 +364,10 @@ BYTES = [
 def made_up(spec: TrialSpec) -> Record:
     """A record with every figure and series that a trial of its kind leaves; the numbers say nothing."""
     settings = spec.settings
-    scale = float(settings.batch * settings.length) if isinstance(settings, Memory) else 1.0
+    scale = float(settings.batch * settings.length) if isinstance(settings, Setup) else 1.0
     figures: dict[str, float | None] = {**FIGURES, **{f"{name}_bytes": 1000 * scale for name in BYTES}}
     figures |= {f"parameters_{kind}": 300.0 for kind in ("large", "small", "embedding")}
+    figures |= {f"peak_{phase}_{part.name}_bytes": 100.0 for phase in PHASES for part in fields(Parts)}
     runs = settings.first if isinstance(settings, Comparison) else settings
     order = f"seed {runs.seed}"
     series: dict[str, list[float | None]] = {
@@ -379,24 +384,43 @@ def made_up(spec: TrialSpec) -> Record:
     return make_record(spec, figures=figures, series=series, tags=tags)
 
 
-def planned(experiment: Experiment) -> list[TrialSpec]:
+def planned(experiment: Experiment, tier: Tier) -> list[TrialSpec]:
     study = Study.load("smoke", ROOT)
-    return study.plan(experiment)
+    return [spec for spec in study.plan(experiment) if (spec.tier or study.tier) == tier]
 
 
-@CLAIMS
-def test_no_single_trial_that_fails_or_is_missing_ends_the_judging(experiment: Experiment, claim: Claim) -> None:
-    specs = planned(experiment)
+TIERS = [
+    pytest.param(experiment, claim, tier, id=f"{claim.id}-{tier}")
+    for experiment, claim in REGISTRY.claims.values()
+    for tier in claim.tiers
+    if planned(experiment, tier)
+]
+
+
+@pytest.mark.parametrize(("experiment", "claim", "tier"), TIERS)
+def test_no_single_trial_that_fails_or_is_missing_ends_the_judging(
+    experiment: Experiment, claim: Claim, tier: Tier
+) -> None:
+    specs = planned(experiment, tier)
     whole = [made_up(spec) for spec in specs]
-    assert judge(experiment, claim, "smoke", "cpu", whole, len(specs)).verdict != "not run"
+    assert judge(experiment, claim, "smoke", tier, whole, len(specs)).verdict != "not run"
     for place, spec in enumerate(specs):
         without = whole[:place] + whole[place + 1 :]
-        verdict = judge(experiment, claim, "smoke", "cpu", without, len(specs))
+        verdict = judge(experiment, claim, "smoke", tier, without, len(specs))
         assert f"1 of {len(specs)} trials are missing" in verdict.because, spec.name
         failed = [*without, make_record(spec, status="failed", figures={}, message="killed")]
-        assert judge(experiment, claim, "smoke", "cpu", failed, len(specs)).unsuccessful == 1, spec.name
+        assert judge(experiment, claim, "smoke", tier, failed, len(specs)).unsuccessful == 1, spec.name
     for alone in whole:
-        assert judge(experiment, claim, "smoke", "cpu", [alone], len(specs)).verdict != "supported"
+        assert judge(experiment, claim, "smoke", tier, [alone], len(specs)).verdict != "supported"
+
+
+def test_every_claim_is_judged_in_some_tier_of_the_smallest_profile() -> None:
+    assert {str(param.values[1].id) for param in TIERS} == set(REGISTRY.claims)  # type: ignore[union-attr]
+
+
+def test_evidence_of_one_tier_does_not_count_in_another() -> None:
+    simulated = [r.model_copy(update={"spec": r.spec.model_copy(update={"tier": "sim"})}) for r in GOOD]
+    assert judged([*simulated, *FAULTS], planned=6).verdict == "inconclusive"
 
 
 PLOTS = [(e, plot) for e in REGISTRY.experiments.values() for plot in e.plots]
@@ -406,7 +430,8 @@ PLOTS = [(e, plot) for e in REGISTRY.experiments.values() for plot in e.plots]
 def test_a_plot_is_the_same_bytes_twice_and_absent_where_the_evidence_is_not_whole(
     experiment: Experiment, plot: Plot, tmp_path: Path
 ) -> None:
-    whole = [made_up(spec) for spec in planned(experiment)]
+    tier: Tier = "cpu" if planned(experiment, "cpu") else "sim"
+    whole = [made_up(spec) for spec in planned(experiment, tier)]
     first, again = draw(plot, Evidence(whole), tmp_path / "a"), draw(plot, Evidence(whole), tmp_path / "b")
     assert first is not None
     assert again is not None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -174,8 +174,12 @@ def emulated(workload: Workload) -> Iterator[None]:
 # Forward and loss -----------------------------------------------------------------------------------------------
 
 
-def forward(model: nn.Module, workload: Workload, batch: dict[str, Tensor]) -> Tensor:
-    """The loss, as the Trainer asks for it."""
+def forward(model: nn.Module, workload: Workload, batch: dict[str, Tensor], ended: Callable[[], None]) -> Tensor:
+    """The loss, as the Trainer asks for it.
+
+    Args:
+        ended: called when it is there, the model's output still alive.
+    """
     whole: Any = model
     base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
     labels = batch["labels"]
@@ -200,11 +204,13 @@ def forward(model: nn.Module, workload: Workload, batch: dict[str, Tensor]) -> T
                 finally:
                     handle.remove()
                 flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-                return function.apply(flat, head.weight)
+                output = {"loss": function.apply(flat, head.weight)}
+                del hidden, flat
     if workload.amp:
         from accelerate.utils import convert_to_fp32  # type: ignore[import-untyped]
 
         output = convert_to_fp32(output)
+    ended()
     return output["loss"]
 
 

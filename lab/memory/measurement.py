@@ -7,7 +7,7 @@ phase rose and what held the bytes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,7 @@ class Watch:
 
     def __init__(self, ledger: Ledger, model: nn.Module, optimizer: Optimizer) -> None:
         self.ledger, self.model, self.optimizer = ledger, model, inner_optimizer(optimizer)
+        self._steps = 0  # a step that calls its parent class's fires the hooks twice
         ledger.assign(gradients(model), "gradients")
         self._assign_state()
         self.clear()
@@ -76,12 +77,18 @@ class Watch:
         self.ledger.assign([parameter.grad] if parameter.grad is not None else [], "gradients")
 
     def _before_step(self, *_: Any) -> None:
+        self._steps += 1
+        if self._steps > 1:
+            return
         self.ledger.logits_width = None
         self.ledger.retire()
         self.step_start = self.ledger.parts
         self.ledger.enter_phase("step")
 
     def _after_step(self, *_: Any) -> None:
+        self._steps -= 1
+        if self._steps:
+            return
         self._assign_state()
         self.ledger.enter_phase("idle")
 
@@ -103,7 +110,11 @@ def watch(ledger: Ledger, model: nn.Module, optimizer: Optimizer) -> Iterator[Wa
             seen.optimizer.register_step_pre_hook(seen._before_step),
             seen.optimizer.register_step_post_hook(seen._after_step),
             *([head.register_forward_pre_hook(seen._before_head)] if head is not None else []),
-            *(p.register_post_accumulate_grad_hook(seen._after_gradient) for p in model.parameters() if p.requires_grad),
+            *(
+                p.register_post_accumulate_grad_hook(seen._after_gradient)
+                for p in model.parameters()
+                if p.requires_grad
+            ),
         ):
             stack.callback(handle.remove)
         stack.callback(setattr, ledger, "follows_autograd", ledger.follows_autograd)
@@ -160,10 +171,62 @@ def optimizer_state_by_parameter(ledger: Ledger, model: nn.Module, optimizer: Op
     state = inner_optimizer(optimizer).state
     owned = {name: storages_of(tensors_in(state[p])) for name, p in model.named_parameters() if p in state}
     users = Counter(key for storages in owned.values() for key in storages)
-    entries = ledger._entries
-    sizes = {name: sum(entries[k].size for k in ks if users[k] == 1 and k in entries) for name, ks in owned.items()}
-    shared = sum(entries[key].size for key, count in users.items() if count > 1 and key in entries)
+    held = {key: entry.size for key, entry in ledger._entries.items() if entry.part == "optimizer"}
+    sizes = {name: sum(held.get(key, 0) for key in keys if users[key] == 1) for name, keys in owned.items()}
+    shared = sum(held.get(key, 0) for key, count in users.items() if count > 1)
     return sizes | ({"shared": shared} if shared else {})
+
+
+def by_kind(model: nn.Module, state: Mapping[str, int]) -> dict[str, int]:
+    """Trainable parameters, and bytes of their optimizer state, by kind of tensor: `embedding`, `small` or `large`.
+
+    bitsandbytes treats the three differently: its optimizer keeps tensors under 4096 elements in 32 bits, transformers'
+    Trainer embeddings.
+    """
+    embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    found = dict.fromkeys((name for kind in KINDS for name in (f"parameters_{kind}", f"state_{kind}_bytes")), 0)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            kind = "embedding" if p in embeddings else "small" if p.numel() < 4096 else "large"
+            found[f"parameters_{kind}"] += p.numel()
+            found[f"state_{kind}_bytes"] += state.get(name, 0)
+    return found
+
+
+KINDS = ("large", "small", "embedding")
+
+
+def figures(
+    peaks: Mapping[str, Mapping[str, int]],
+    *,
+    end_of_forward: Mapping[str, int],
+    step_start: Mapping[str, int],
+    steady: Mapping[str, int],
+    between: int,
+    kinds: Mapping[str, int],
+) -> dict[str, int]:
+    """What a trial records of one update, in bytes, whether it was measured or simulated.
+
+    Args:
+        peaks: what each phase's peak consists of, by part.
+        between: the most that gradients hold between micro-batches.
+        kinds: see `by_kind`.
+    """
+    highest = {phase: sum(parts.values()) for phase, parts in peaks.items()}
+    return {
+        "peak_bytes": max(highest.values()),
+        **{f"peak_{phase}_bytes": peak for phase, peak in highest.items()},
+        **{f"peak_{phase}_{part}_bytes": size for phase, parts in peaks.items() for part, size in parts.items()},
+        "activations_bytes": end_of_forward["activations"],
+        "logits_bytes": end_of_forward["logits"],
+        "gradients_bytes": step_start["gradients"],
+        "gradients_between_bytes": between,
+        "gradients_after_bytes": steady["gradients"],
+        "optimizer_state_bytes": steady["optimizer"],
+        "step_temporary_bytes": highest["step"] - sum(step_start.values()),
+        "steady_bytes": sum(steady.values()),
+        **kinds,
+    }
 
 
 def measure(trainer: Trainer, round_to: int | None = None) -> Measurement:

@@ -94,8 +94,8 @@ class BlockwiseState(torch.optim.Optimizer):
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Everything that the optimizer keeps."""
-    return list(tensors_in(list(optimizer.state.values())))
+    """Everything that the optimizer keeps, master weights too."""
+    return [*tensors_in(list(optimizer.state.values())), *getattr(optimizer, "master_weights", [])]
 
 
 def on_host(optimizer: torch.optim.Optimizer) -> list[Tensor]:

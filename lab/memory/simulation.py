@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -28,7 +28,7 @@ from lab.memory import optimizer_states as states
 from lab.memory.architecture import Architecture
 from lab.memory.kernels import DTYPES
 from lab.memory.ledger import weights
-from lab.memory.measurement import parameter_counts
+from lab.memory.measurement import by_kind, optimizer_state_by_parameter, parameter_counts
 from lab.memory.workload import (
     PARTS,
     PHASES,
@@ -41,6 +41,8 @@ from lab.memory.workload import (
     workspace_bytes,
 )
 from lab.methods import apply_method
+
+MakeOptimizer = Callable[[Workload, nn.Module], torch.optim.Optimizer]
 
 START, END = -1, -2
 """In the place of a layer's number: what comes before and after the layers."""
@@ -59,15 +61,22 @@ def predict(workload: Workload) -> Prediction:
         LabError: the workload contradicts itself, or no model of the simulation covers it.
     """
     check(workload)
+    return rehearse_whole(workload).prediction(workload)
+
+
+def rehearse_whole(workload: Workload, **how: Any) -> Rehearsal:
+    """The rehearsal at full depth; of a deep model it is told from two shallow ones.
+
+    Args:
+        how: see `rehearse`.
+    """
     depth = Architecture.of(workload.config).layers
     period = _period(workload.config)
     shallow = depth % period + (2 * EDGE + 1) * period
     if 2 * shallow + period >= depth:
-        seen = rehearse(workload, workload.config)
-    else:
-        small, large = (rehearse(workload, shrink(workload.config, n)) for n in (shallow, shallow + period))
-        seen = small.extrapolate(large, (depth - shallow) // period)
-    return seen.prediction(workload)
+        return rehearse(workload, workload.config, **how)
+    small, large = (rehearse(workload, shrink(workload.config, n), **how) for n in (shallow, shallow + period))
+    return small.extrapolate(large, (depth - shallow) // period)
 
 
 def shrink(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -96,13 +105,21 @@ class Rehearsal:
     Attributes:
         stretches: peak of each stretch, `(phase, place)`, by part; the place is a layer from either end, or what is around.
         steady: what is held between updates, by part.
+        end_of_forward: what is held when the loss is there, the model's output still alive, by part.
+        between: what is held after the first of several micro-batches, by part.
+        step_start: what is held when the optimizer's step begins, gradients complete, by part.
         parameters: numbers of parameters.
+        kinds: trainable parameters and their state, see `by_kind`.
         host: bytes of paged optimizer state.
     """
 
     stretches: dict[tuple[str, str], Counter[str]] = field(default_factory=dict)
     steady: Counter[str] = field(default_factory=Counter)
-    parameters: dict[str, int] = field(default_factory=dict)
+    end_of_forward: Counter[str] = field(default_factory=Counter)
+    between: Counter[str] = field(default_factory=Counter)
+    step_start: Counter[str] = field(default_factory=Counter)
+    parameters: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
     host: int = 0
 
     def extrapolate(self, deeper: Rehearsal, periods: int) -> Rehearsal:
@@ -111,24 +128,32 @@ class Rehearsal:
         def further(a: Mapping[str, int], b: Mapping[str, int]) -> Counter[str]:
             return Counter({name: a.get(name, 0) + periods * (b.get(name, 0) - a.get(name, 0)) for name in {**a, **b}})
 
+        counters = ("steady", "end_of_forward", "between", "step_start", "parameters", "kinds")
         return Rehearsal(
             {place: further(parts, deeper.stretches[place]) for place, parts in self.stretches.items()},
-            further(self.steady, deeper.steady),
-            dict(further(self.parameters, deeper.parameters)),
-            self.host + periods * (deeper.host - self.host),
+            **{name: further(getattr(self, name), getattr(deeper, name)) for name in counters},
+            host=self.host + periods * (deeper.host - self.host),
         )
+
+    @property
+    def peaks(self) -> dict[str, Counter[str]]:
+        """The highest stretch of each phase, by part."""
+        return {
+            phase: max((parts for (p, _), parts in self.stretches.items() if p == phase), key=Counter.total)
+            for phase in PHASES
+        }
 
     def prediction(self, workload: Workload) -> Prediction:
         """The answer: the highest stretch of each phase, and the parts at the highest of all."""
         workspace = workspace_bytes(workload)
-        phases = {p: max(c.total() for (phase, _), c in self.stretches.items() if phase == p) for p in PHASES}
-        highest = max(self.stretches.values(), key=lambda parts: parts.total())
+        phases = {phase: parts.total() for phase, parts in self.peaks.items()}
+        highest = max(self.peaks.values(), key=Counter.total)
         return Prediction(
             peak_bytes=highest.total() + workspace,
             steady_bytes=self.steady.total() + workspace,
             parts={name: highest[name] for name in PARTS} | {"workspace": workspace},
             phases={phase: peak + workspace for phase, peak in phases.items()},
-            parameters=self.parameters,
+            parameters=dict(self.parameters),
             host_bytes=self.host,
             assumptions={"torch": torch.__version__, "transformers": version("transformers"), **assumptions(workload)},
         )
@@ -137,11 +162,19 @@ class Rehearsal:
 # Rehearsal ------------------------------------------------------------------------------------------------------
 
 
-def rehearse(workload: Workload, config: Mapping[str, Any], real: bool = False) -> Rehearsal:
+def rehearse(
+    workload: Workload,
+    config: Mapping[str, Any],
+    real: bool = False,
+    train: bool = True,
+    make_optimizer: MakeOptimizer = states.make_optimizer,
+) -> Rehearsal:
     """One update of a model of this configuration under the ledger, after the optimizer's state is there.
 
     Args:
         real: with tensors that have storage, to compare with.
+        train: False counts the model's parameters and weights, and no more.
+        make_optimizer: another optimizer than the workload names.
     """
     with contextlib.ExitStack() as stack:
         model = build(workload, config)
@@ -149,7 +182,8 @@ def rehearse(workload: Workload, config: Mapping[str, Any], real: bool = False) 
         if not real:
             stack.enter_context(_fake_tensors())
         materialise(model, workload)
-        return Update(workload, model).run()
+        update = Update(workload, model, make_optimizer)
+        return update.run() if train else update.count()
 
 
 @contextlib.contextmanager
@@ -185,7 +219,8 @@ def build(workload: Workload, config: Mapping[str, Any]) -> nn.Module:
 
                 prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         method = "lora" if workload.method == "qlora" else workload.method
-        model = apply_method(model, method, method_options(workload))
+        if not (method == "full" and workload.held_as):  # integers cannot be set to train; they can be counted
+            model = apply_method(model, method, method_options(workload))
         if workload.held_as and workload.preparation is None:
             # trl 1.16 trains adapters of a quantised base in bf16, but for DoRA's magnitudes.
             for name, parameter in model.named_parameters():
@@ -226,8 +261,9 @@ def materialise(model: nn.Module, workload: Workload) -> None:
 class Update:
     """One update as the Trainer does it: micro-batches, clipping, the optimizer's step, gradients released."""
 
-    def __init__(self, workload: Workload, model: nn.Module) -> None:
-        self.workload, self.model = workload, model
+    def __init__(self, workload: Workload, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
+        self.workload, self.model, self.make_optimizer = workload, model, make_optimizer
+        self.seen = Rehearsal()
         self.ledger = kernels.make_ledger(workload)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.edge = EDGE * _period(workload.config)
@@ -246,11 +282,16 @@ class Update:
             place = "between"
         self.ledger.enter_phase(f"{phase} {place}")
 
+    def count(self) -> Rehearsal:
+        """The model's parameters and weights, without an update."""
+        self.ledger.assign(weights(self.model), "weights")
+        self.seen.steady, self.seen.parameters = self._held(), _counts(self.workload, self.model)
+        return self.seen
+
     def run(self) -> Rehearsal:
         """Rehearse."""
-        ledger = self.ledger
-        ledger.assign(weights(self.model), "weights")
-        optimizer = states.make_optimizer(self.workload, self.model)
+        ledger, seen = self.ledger, self.count()
+        optimizer = self.make_optimizer(self.workload, self.model)
         for parameter in self.trained:
             parameter.register_post_accumulate_grad_hook(lambda p: ledger.assign([p.grad], "gradients"))
         with ledger:
@@ -258,18 +299,25 @@ class Update:
             ledger.assign(states.state_tensors(optimizer), "optimizer")
             if self.workload.device == "cuda":
                 ledger.assign(states.on_host(optimizer), "host")
-            steady = _on_device(ledger.held)
+            seen.steady = self._held()
+            seen.kinds = Counter(by_kind(self.model, optimizer_state_by_parameter(ledger, self.model, optimizer)))
             ledger.reset()
             batch = self._batch()
-            for _ in range(min(self.workload.accumulation, 2)):
+            for number in range(min(self.workload.accumulation, 2)):
+                if number:
+                    seen.between = self._held()
                 self._forward_and_backward(batch)
+            seen.step_start = self._held()
             ledger.enter_phase("step start")
             self._step(optimizer)
             ledger.enter_phase("idle")
         peaks = {name: parts for name, parts in ledger.held_at_peak.items() if name != "idle"}
-        stretches = {(p, place): _on_device(parts) for name, parts in peaks.items() for p, place in [name.split()]}
-        host = states.host_bytes(optimizer)
-        return Rehearsal(stretches, steady, _counts(self.workload, self.model), host)
+        seen.stretches = {(p, place): _on_device(parts) for name, parts in peaks.items() for p, place in [name.split()]}
+        seen.host = states.host_bytes(optimizer)
+        return seen
+
+    def _held(self) -> Counter[str]:
+        return _on_device(self.ledger.held)
 
     def _create_state(self, optimizer: torch.optim.Optimizer) -> None:
         """A step on gradients of zero, so that the update that is watched finds the optimizer's state."""
@@ -287,9 +335,12 @@ class Update:
 
     def _forward_and_backward(self, batch: dict[str, Tensor]) -> None:
         self._enter("forward", START)
-        loss = kernels.forward(self.model, self.workload, batch)
+        loss = kernels.forward(self.model, self.workload, batch, self._end_forward)
         self._enter("backward", START)
         loss.backward()
+
+    def _end_forward(self) -> None:
+        self.seen.end_of_forward = self._held()
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
         nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
@@ -301,11 +352,11 @@ def _on_device(held: Mapping[str, int]) -> Counter[str]:
     return Counter({part: size for part, size in held.items() if part != "host"})
 
 
-def _counts(workload: Workload, model: Any) -> dict[str, int]:
+def _counts(workload: Workload, model: Any) -> Counter[str]:
     """`total`, `trainable` and `stored` parameters."""
     counts = parameter_counts(model)
     stored = stored_parameters(workload, counts["trainable"], model.config.num_hidden_layers)
-    return {"total": counts["total"], "trainable": counts["trainable"], "stored": stored}
+    return Counter(total=counts["total"], trainable=counts["trainable"], stored=stored)
 
 
 def _mark_layers(model: nn.Module, enter: Any) -> nn.ModuleList:

@@ -43,6 +43,7 @@ def measure_memory(settings: Memory, workspace: Workspace) -> Outcome:
     outcome = Outcome(tags={"model": settings.model, "method": settings.method})
     outcome.figures |= {f"parameters_{name}": count for name, count in counts.items()}
     outcome.figures["parameters_closed_form"] = closed_form(config, settings.method, settings.method_options)
+    outcome.figures["vocabulary"] = config.vocab_size
     outcome.figures["weights_bytes"] = ledger.held_bytes(ledger.weights(model))
     if settings.updates:
         rows = data.random_rows(
@@ -61,37 +62,19 @@ def measure_memory(settings: Memory, workspace: Workspace) -> Outcome:
 
 
 def _memory_figures(measured: measurement.Measurement, model: Any) -> dict[str, Any]:
-    """The measurement as flat figures; optimizer state also by the kind of tensor that it belongs to."""
-    forward, step = measured.end_of_forward, measured.step_start
-    figures: dict[str, Any] = {
-        "peak_bytes": max(measured.peaks.values()),
-        **{f"peak_{phase}_bytes": peak for phase, peak in measured.peaks.items()},
-        "activations_bytes": forward.activations,
-        "logits_bytes": forward.logits,
-        "gradients_bytes": step.gradients,
-        "gradients_between_bytes": max(measured.gradients_between, default=0),
-        "gradients_after_bytes": measured.steady.gradients,
-        "optimizer_state_bytes": measured.steady.optimizer,
-        "step_temporary_bytes": measured.step_temporary,
-        "steady_bytes": measured.steady.total,
-    }
-    kinds = _parameter_kinds(model)
-    for kind in ("large", "small", "embedding"):
-        names = [name for name, found in kinds.items() if found == kind]
-        figures[f"parameters_{kind}"] = sum(model.get_parameter(name).numel() for name in names)
-        figures[f"state_{kind}_bytes"] = sum(measured.optimizer_state_by_parameter.get(name, 0) for name in names)
-    return figures
-
-
-def _parameter_kinds(model: Any) -> dict[str, str]:
-    """`embedding`, `small` or `large` for each trainable parameter: bitsandbytes treats the three differently.
-
-    Source:
-        bitsandbytes' optimizer keeps tensors under 4096 elements in 32 bits, transformers' Trainer embeddings.
-    """
-    embeddings = {p for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-    return {
-        name: "embedding" if p in embeddings else "small" if p.numel() < 4096 else "large"
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
+    found = measurement.figures(
+        {phase: vars(parts) for phase, parts in measured.parts_at_peak.items()},
+        end_of_forward=vars(measured.end_of_forward),
+        step_start=vars(measured.step_start),
+        steady=vars(measured.steady),
+        between=max(measured.gradients_between, default=0),
+        kinds=measurement.by_kind(model, measured.optimizer_state_by_parameter),
+    )
+    if measured.allocator_peaks:  # on CUDA the allocator's word counts
+        allocated, reserved = zip(*measured.allocator_peaks.values(), strict=True)
+        found |= {
+            "ledger_peak_bytes": found["peak_bytes"],
+            "peak_bytes": max(allocated),
+            "reserved_bytes": max(reserved),
+        }
+    return found

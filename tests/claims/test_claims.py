@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lab.claims import Evidence
+from lab.claims import Evidence, in_tier
 from lab.study import Study
 from tests.conftest import ROOT
 
@@ -26,21 +26,23 @@ def test_the_committed_evidence_gives_the_stated_verdict(claim_id: str, study: S
     renew = f"Renew it: make study PROFILE={profile}"
     reasons = study.stale(experiment)
     assert not reasons, f"results/{profile}/{experiment.name} is stale: {'; '.join(reasons[:3])}. {renew}"
-    verdict = next(v for v in study.verdicts if v.claim == claim_id)
-    stated = claim.stated.get(profile)
-    assert verdict.verdict == stated, (
-        f"{claim_id}: stated {stated}, judged {verdict.verdict}: effect {verdict.effect} [{verdict.low}, {verdict.high}] "
-        f"{verdict.unit}, n = {verdict.n}, threshold: {verdict.threshold}; {verdict.because}. {renew}"
-    )
+    for verdict in [verdict for verdict in study.verdicts if verdict.claim == claim_id]:
+        stated = claim.stated.get("sim" if verdict.tier == "sim" else profile)
+        assert verdict.verdict == stated, (
+            f"{claim_id}, tier {verdict.tier}: stated {stated}, judged {verdict.verdict}: effect {verdict.effect} "
+            f"[{verdict.low}, {verdict.high}] {verdict.unit}, n = {verdict.n}, threshold: {verdict.threshold}; "
+            f"{verdict.because}. {renew}"
+        )
 
 
 @pytest.mark.parametrize("claim_id", list(REGISTRY.claims))
 def test_a_planted_fault_changes_the_verdict(claim_id: str, study: Study) -> None:
     experiment, claim = REGISTRY.claims[claim_id]
-    evidence = Evidence(study.evidence(experiment.name)[0])
-    verdict = claim.judge(evidence).verdict
-    answers = {name: claim.judge(change(evidence)).verdict for name, change in claim.controls.items()}
-    assert any(answer != verdict for answer in answers.values()), f"{claim_id} is {verdict}, and so are {answers}"
+    for tier in {verdict.tier for verdict in study.verdicts if verdict.claim == claim_id}:
+        evidence = Evidence(in_tier(study.evidence(experiment.name)[0], tier))
+        verdict = claim.judge(evidence).verdict
+        answers = {name: claim.judge(change(evidence)).verdict for name, change in claim.controls.items()}
+        assert any(answer != verdict for answer in answers.values()), f"{claim_id} is {verdict}, and so are {answers}"
 
 
 @pytest.mark.parametrize("claim_id", list(REGISTRY.claims))
@@ -60,13 +62,15 @@ def test_evidence_is_there_for_the_default_profile() -> None:
 
 def test_the_written_verdicts_are_those_of_the_records(study: Study) -> None:
     folder = study.workspace.results
-    written = {row["claim"]: row["verdict"] for row in json.loads((folder / "verdicts.json").read_text())}
-    judged = {verdict.claim: verdict.verdict for verdict in study.verdicts}
+    written = {
+        (row["claim"], row["tier"]): row["verdict"] for row in json.loads((folder / "verdicts.json").read_text())
+    }
+    judged = {(verdict.claim, verdict.tier): verdict.verdict for verdict in study.verdicts}
     assert written == judged, f"{folder}/verdicts.json is older than the records or the judges. Run: dvc repro verdicts"
 
 
 def test_the_readme_shows_the_verdicts_of_the_default_profile() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for verdict in Study.load("cpu", ROOT).verdicts:
-        row = f"| `{verdict.claim}` | {verdict.verdict} |"
+        row = f"| `{verdict.claim}` | {verdict.tier} | {verdict.verdict} |"
         assert row in readme, f"README.md has no row '{row}'"
