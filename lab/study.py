@@ -152,7 +152,7 @@ class Study:
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
-        """The verdict of every claim under the profile, computed from the records."""
+        """The verdict of every claim under the profile, computed from the records; in the sim tier if it plans that."""
         found = []
         for experiment in self.registry.experiments.values():
             specs = self.plan(experiment)
@@ -160,7 +160,7 @@ class Study:
             names = {spec.name for spec in specs}
             kept = [record for record in self.evidence(experiment.name)[0] if record.spec.name in names]
             for claim, tier in product(experiment.claims, self.tiers):
-                if tier in claim.tiers:
+                if tier in claim.tiers and (planned[tier] or tier != "sim"):
                     found.append(judge(experiment, claim, self.workspace.profile, tier, kept, planned[tier]))
         return found
 

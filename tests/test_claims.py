@@ -498,7 +498,7 @@ def test_damaged_records_are_missing_trials_to_the_verdict_and_unplanned_ones_do
             (folder / f"{spec.name}.json").write_text("{")
     stray = TrialSpec(experiment="memory_formulas", name="stray", arm="weights", settings=Memory(model="llama-6m"))
     records.write_record(made_up(stray), study.workspace.results)
-    verdict = next(v for v in study.verdicts if v.claim == "weights-bytes")
+    verdict = next(v for v in study.verdicts if (v.claim, v.tier) == ("weights-bytes", "cpu"))
     assert verdict.verdict == "inconclusive"
     count = sum(spec.arm == "weights" for spec in specs)
     assert verdict.because == f"no successful record with arm weights; {count} of {len(specs)} trials are missing"
