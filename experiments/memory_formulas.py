@@ -17,7 +17,7 @@ from lab.claims import Claim, Evidence, Experiment, Finding, VerdictName
 from lab.params import Count, Profile, Section
 from lab.plots import Line, Plot
 from lab.records import Record
-from lab.specs import TrialSpec, memory_spec
+from lab.specs import Precision, TrialSpec, memory_spec
 from lab.statistics import exponent, span
 
 NAME = "memory_formulas"
@@ -36,10 +36,14 @@ ATTENTION = ("eager", "sdpa")
 
 
 class Sizes(Section):
-    """`models` are counted in every regime, the first with an untied head too; curves are of `activation_model`."""
+    """`models` are counted in every regime, the first with an untied head too; curves are of `activation_model`.
+
+    `precision` is that of the curves: on CUDA the fused attention kernels need 16 bits.
+    """
 
     models: tuple[str, ...]
     activation_model: str
+    precision: Precision = "fp32"
     wide_vocabulary_model: str
     batches: tuple[Count, ...]
     lengths: tuple[Count, ...]
@@ -69,17 +73,17 @@ def trials(params: Params, profile: Profile) -> list[TrialSpec]:
             add("lora", model, model=model, method="lora")
         add("untied", sizes.models[0], model=sizes.models[0], updates=0, untied=True)
         first, batches, lengths = sizes.activation_model, sizes.batches, sizes.lengths
+        curve = {"model": first, "precision": sizes.precision}
         add("accumulating", first, model=first, gradient_accumulation_steps=2)
         for step in ("foreach", "for-loop"):
             add("step", f"{first}-{step}", model=first, step=step)
         add("step", f"{first}-fused", model=first, optimizer="adamw_torch_fused", step="fused")
         for kind, batch in product(ATTENTION, batches):
-            point = {"batch": batch, "length": lengths[0]}
-            add("over-batch", f"{kind}-{batch}", model=first, attention=kind, **point)
+            add("over-batch", f"{kind}-{batch}", batch=batch, length=lengths[0], attention=kind, **curve)
         for kind, length in product(ATTENTION, lengths):
-            add("over-length", f"{kind}-{length}", model=first, attention=kind, length=length)
-        wide = sizes.wide_vocabulary_model
-        add("wide-vocabulary", "sdpa", model=wide, batch=batches[0], length=lengths[0])
+            add("over-length", f"{kind}-{length}", length=length, attention=kind, **curve)
+        wide = curve | {"model": sizes.wide_vocabulary_model}
+        add("wide-vocabulary", "sdpa", batch=batches[0], length=lengths[0], **wide)
 
     add_all(params, sim=False)
     if params.real_scale:
@@ -283,7 +287,7 @@ EXPERIMENT = Experiment(
             lecture="2",
             tiers=("sim", "cpu", "gpu"),
             threshold=f"the 95 % interval of each exponent lies at or above {LEAST_EXPONENT}",
-            scope="activations and logits alive at the end of the forward pass, eager and fused attention, fp32",
+            scope="activations and logits alive at the end of the forward pass, eager and fused attention; fp32, sim tier bf16",
             judge=judge_activations,
             controls={"a ledger blind to activations": flat_control},
             advice={

@@ -368,6 +368,12 @@ EXPERIMENT = Experiment(
             recall_lines,
             log_x=True,
         ),
-        Plot("learning-and-forgetting", "Learning against forgetting", "test accuracy", "recall of facts", trade_lines),
+        Plot(
+            "learning-and-forgetting",
+            "Learning against forgetting, a point per rate",
+            "test accuracy",
+            "recall of facts",
+            trade_lines,
+        ),
     ),
 )

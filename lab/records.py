@@ -182,7 +182,7 @@ def code_fingerprint(root: Path, kind: str) -> str:
     """A hash of the code that a kind of trial runs: its syntax trees without docstrings, so a comment costs no rerun."""
     digest = hashlib.sha256()
     for path in numeric_files(root, RUNNERS[kind].split(":")[0]):
-        digest.update(f"{path.name}\n{_meaning(path.read_text(encoding='utf-8'))}\n".encode())
+        digest.update(f"{path.name}\n{meaning(ast.parse(path.read_text(encoding='utf-8')))}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -212,16 +212,17 @@ def _module_file(root: Path, name: str) -> Path | None:
     return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
 
 
-def _meaning(source: str) -> str:
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [line for line in body if not _is_text(line)]  # type: ignore[attr-defined]
-    return ast.dump(tree)
+def meaning(node: object) -> str:
+    """What code does, as text: its syntax tree without docstrings, and without the empty fields by which Pythons differ."""
+    if isinstance(node, ast.AST):
+        fields = ((name, meaning(value)) for name, value in ast.iter_fields(node))
+        return f"{type(node).__name__}({', '.join(f'{name}={text}' for name, text in fields if text not in ('None', '[]'))})"
+    if isinstance(node, list):
+        return f"[{', '.join(meaning(item) for item in node if not _is_text(item))}]"
+    return repr(node)
 
 
-def _is_text(node: ast.AST) -> bool:
+def _is_text(node: object) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
