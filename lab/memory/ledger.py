@@ -242,13 +242,22 @@ class Ledger(TorchDispatchMode):
         self.live_bytes -= entry.size
         self.held[entry.part] -= entry.size
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True wraps every dispatch for the sake of torch.compile
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # a shadow is asked for its device, more often than for all else
+            return func(*args)
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented  # wrapper subclasses (torchao's states) unfold into plain operators first
         if self.follows_autograd and (torch._C._current_graph_task_id() != -1) != (self.phase == "backward"):
             self.enter_phase("idle" if self.phase == "backward" else "backward")
         result = func(*args, **(kwargs or {}))
-        self.adopt(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        if isinstance(result, Tensor):
+            self.adopt([result])
+        elif isinstance(result, list | tuple):
+            self.adopt(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         return result
 
     def __enter__(self) -> Self:
