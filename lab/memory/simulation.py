@@ -1,14 +1,12 @@
 """The memory of one update, from tensors that have shapes but no storage.
 
-The real transformers model, the real PEFT method and the real optimizer run one update under FakeTensorMode, on the
-processor, with a ledger of live storages. What a CUDA device does otherwise (its attention and dropout kernels, its
-allocator's rounding, cuBLAS workspaces) stands in `lab.memory.kernels`.
+The real transformers model, the real PEFT method and the real optimizer run one update on shadows of tensors on the
+processor (`lab.memory.shadows`), with a ledger of live storages. What a CUDA device does otherwise (its attention and
+dropout kernels, its allocator's rounding, cuBLAS workspaces) stands in `lab.memory.kernels`.
 
 All decoder layers are alike, or repeat a pattern of a few kinds. So two shallow models are run, and each stretch of
 the update (the first layers, the layers in between, the last layers, what comes before and after them) is extrapolated
 by itself: its peak is affine in the depth, whereas the peak of a whole phase is not, since its place may move.
-
-Source: FakeTensorMode is described in torch/_subclasses/fake_tensor.py.
 """
 
 from __future__ import annotations
@@ -180,22 +178,23 @@ def rehearse(
         model = build(workload, config)
         stack.enter_context(kernels.emulated(workload))
         if not real:
-            stack.enter_context(_fake_tensors())
+            stack.enter_context(_shadows())
         materialise(model, workload)
         update = Update(workload, model, make_optimizer)
         return update.run() if train else update.count()
 
 
 @contextlib.contextmanager
-def _fake_tensors() -> Iterator[None]:
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def _shadows() -> Iterator[None]:
     from transformers import masking_utils
 
-    # For tracing, transformers keeps a mask of packed sequences where a real run finds that there are none.
+    from lab.memory.shadows import ShadowMode
+
+    # transformers looks at the positions' values to find packed sequences; here there are none.
     original = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with ShadowMode():
             yield
     finally:
         masking_utils.find_packed_sequence_indices = original
