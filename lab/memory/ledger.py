@@ -247,8 +247,8 @@ class Ledger(TorchDispatchMode):
         return False  # True wraps every dispatch for the sake of torch.compile
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # a shadow is asked for its device, more often than for all else
-            return func(*args)
+        if func is torch.ops.prim.device.default:  # of a shadow, which is asked for it more often than for all else
+            return type(args[0]).__torch_dispatch__(func, types, args)
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):
             return NotImplemented  # wrapper subclasses (torchao's states) unfold into plain operators first
         if self.follows_autograd and (torch._C._current_graph_task_id() != -1) != (self.phase == "backward"):
