@@ -46,7 +46,7 @@ START, END = -1, -2
 """In the place of a layer's number: what comes before and after the layers."""
 
 EDGE = 1
-"""How many patterns of layers at either end have stretches of their own; those between are taken as alike."""
+"""How many layers at either end have stretches of their own; those between repeat their pattern."""
 
 
 # Prediction -----------------------------------------------------------------------------------------------------
@@ -70,8 +70,9 @@ def rehearse_whole(workload: Workload, **how: Any) -> Rehearsal:
     """
     depth = Architecture.of(workload.config).layers
     period = _period(workload.config)
-    shallow = depth % period + (2 * EDGE + 1) * period
-    if 2 * shallow + period >= depth:
+    least = 2 * EDGE + period
+    shallow = least + (depth - least) % period
+    if 2 * (shallow + period) > depth:
         return rehearse(workload, workload.config, **how)
     small, large = (rehearse(workload, shrink(workload.config, n), **how) for n in (shallow, shallow + period))
     return small.extrapolate(large, (depth - shallow) // period)
@@ -265,17 +266,16 @@ class Update:
         self.seen = Rehearsal()
         self.ledger = kernels.make_ledger(workload)
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.edge = EDGE * _period(workload.config)
         self.layers = _mark_layers(model, self._enter)
 
     def _enter(self, phase: str, layer: int) -> None:
         """A layer begins, or what comes before (START) or after (END) the layers in this phase."""
-        edge, last = self.edge, len(self.layers) - 1
+        last = len(self.layers) - 1
         if layer < 0:
             place = "start" if layer == START else "end"
-        elif layer < edge:
+        elif layer < EDGE:
             place = f"+{layer}"
-        elif last - layer < edge:
+        elif last - layer < EDGE:
             place = f"-{last - layer}"
         else:
             place = "between"

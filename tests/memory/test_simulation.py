@@ -132,6 +132,16 @@ def test_two_shallow_models_tell_what_a_deep_one_takes(settings: dict[str, Any])
     assert sum(whole.parts.values()) == whole.peak_bytes
 
 
+@pytest.mark.parametrize(("kind", "layers"), [("gemma2", 19), ("smollm3", 29), ("gemma3_text", 32)])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_two_shallow_models_hold_a_pattern_of_layers_whole(kind: str, layers: int, method: str) -> None:
+    shape = {"model_type": kind, "num_hidden_layers": layers, "head_dim": 8, "pad_token_id": 0, "sliding_window": 8}
+    workload = small(shape=shape, method=method, checkpointing=method == "lora")
+    whole, extrapolated = rehearse(workload, workload.config).prediction(workload), predict(workload)
+    for name in ("phases", "parts", "steady_bytes", "parameters"):
+        assert getattr(extrapolated, name) == getattr(whole, name)
+
+
 # CUDA -----------------------------------------------------------------------------------------------------------
 
 MISTRAL = {**json.loads(shapes()["mistral-7b-v0.1"].read_text()), "vocab_size": 32001}
