@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _DEVICE = torch.ops.prim.device.default
 _LAYER_NORM = torch.ops.aten.native_layer_norm.default
+_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 
 _Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
@@ -88,8 +89,9 @@ def _writes_in_place(func: Any) -> bool:
 
 @cache
 def _returns_new(func: Any) -> bool:
-    """Whether an operator says that it changes nothing and that its results are no views."""
-    return not func._schema.is_mutable and not any(result.alias_info for result in func._schema.returns)
+    """Whether an operator says that it changes nothing and that its results are no views; of one that is not true."""
+    aliases = any(result.alias_info for result in func._schema.returns) or func is _UNSAFE_VIEW
+    return not func._schema.is_mutable and not aliases
 
 
 @cache
