@@ -44,10 +44,14 @@ class ShadowMode(TorchDispatchMode):
 
     Most meta kernels are slow Python. So an operator that does no more than return new tensors is asked for their
     layout once for each layout of its arguments; one that writes in place is not run at all.
+
+    Args:
+        device: whose kernels are shadowed, where "cpu" and "cuda" return different types.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         super().__init__()
+        self._device = device
         self._layouts: dict[Hashable, tuple[type, list[_Layout]] | None] = {}
 
     @classmethod
@@ -67,16 +71,28 @@ class ShadowMode(TorchDispatchMode):
         if shadows < len(given):
             args, kwargs = _shadow(args), dict(zip(kwargs, _shadow(list(kwargs.values())), strict=True))
         if not _returns_new(func):
-            return _shadow(_on_meta(func, args, kwargs))
+            return _shadow(self._on_meta(func, args, kwargs))
         key = func, _key(args), _key(tuple(kwargs.items()))
         if known := self._layouts.get(key):
             kind, layouts = known
             new = [_shadow(_new(layout)) for layout in layouts]
             return kind(new) if kind is not Tensor else new[0]
-        result = _on_meta(func, args, kwargs)
+        result = self._on_meta(func, args, kwargs)
         if key not in self._layouts:
             self._layouts[key] = _layouts(result, given)
         return _shadow(result)
+
+    def _on_meta(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What the operator's meta kernel returns."""
+        if _takes_device(func):
+            kwargs = {**kwargs, "device": _META}
+        with torch._C._DisableTorchDispatch(), torch._C._PreserveDispatchKeyGuard():
+            torch._C._set_meta_in_tls_dispatch_include(True)
+            result = func(*args, **kwargs)
+            if func is _LAYER_NORM and self._device == "cpu" and args[2] is not None:
+                # On the processor mean and deviation have the input's type; the meta kernel gives what CUDA has, fp32.
+                return result[0], *(statistic.to(args[0].dtype) for statistic in result[1:])
+            return result
 
 
 @cache
@@ -97,19 +113,6 @@ def _returns_new(func: Any) -> bool:
 @cache
 def _takes_device(func: Any) -> bool:
     return any(argument.name == "device" for argument in func._schema.arguments)
-
-
-def _on_meta(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """What the operator's meta kernel returns."""
-    if _takes_device(func):
-        kwargs = {**kwargs, "device": _META}
-    with torch._C._DisableTorchDispatch(), torch._C._PreserveDispatchKeyGuard():
-        torch._C._set_meta_in_tls_dispatch_include(True)
-        result = func(*args, **kwargs)
-        if func is _LAYER_NORM and args[2] is not None:
-            # On the processor mean and deviation have the input's type; the meta kernel gives what CUDA has, fp32.
-            return result[0], *(statistic.to(args[0].dtype) for statistic in result[1:])
-        return result
 
 
 def _shadow(value: Any) -> Any:

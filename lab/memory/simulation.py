@@ -179,14 +179,14 @@ def rehearse(
         model = build(workload, config)
         stack.enter_context(kernels.emulated(workload))
         if not real:
-            stack.enter_context(_shadows())
+            stack.enter_context(_shadows(workload.device))
         materialise(model, workload)
         update = Update(workload, model, make_optimizer)
         return update.run() if train else update.count()
 
 
 @contextlib.contextmanager
-def _shadows() -> Iterator[None]:
+def _shadows(device: str) -> Iterator[None]:
     from transformers import masking_utils
 
     from lab.memory.shadows import ShadowMode
@@ -195,7 +195,7 @@ def _shadows() -> Iterator[None]:
     original = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
-        with ShadowMode():
+        with ShadowMode(device):
             yield
     finally:
         masking_utils.find_packed_sequence_indices = original

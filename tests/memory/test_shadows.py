@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lab.memory import shadows
 from lab.memory.shadows import Shadow, ShadowMode
 from lab.memory.simulation import predict
 from lab.memory.workload import Workload
@@ -93,17 +92,25 @@ def test_a_shadow_has_no_values() -> None:
 
 
 def test_a_meta_kernel_runs_once_for_each_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran, on_meta = [], shadows._on_meta
+    ran, on_meta = [], ShadowMode._on_meta
 
-    def counted(func: Any, *rest: Any) -> Any:
+    def counted(self: ShadowMode, func: Any, *rest: Any) -> Any:
         ran.append(str(func))
-        return on_meta(func, *rest)
+        return on_meta(self, func, *rest)
 
-    monkeypatch.setattr(shadows, "_on_meta", counted)
+    monkeypatch.setattr(ShadowMode, "_on_meta", counted)
     with ShadowMode():
         for size in (2, 3, 2, 3, 2):
             torch.exp(torch.empty(size))
     assert ran == ["aten.empty.memory_format", "aten.exp.default"] * 2
+
+
+def test_on_cuda_the_statistics_of_a_layer_norm_are_fp32() -> None:
+    for device, dtype in (("cpu", torch.bfloat16), ("cuda", torch.float32)):
+        with ShadowMode(device):
+            x = torch.ones(4, 6, dtype=torch.bfloat16)
+            _, mean, _ = torch.native_layer_norm(x, [6], x[0], None, 1e-5)
+            assert mean.dtype == dtype
 
 
 # Speed ----------------------------------------------------------------------------------------------------------
