@@ -106,14 +106,12 @@ def cautions(workload: Workload) -> list[str]:
     gpu = find_gpu(workload.gpu) if workload.gpu else None
     if not gpu or gpu.family not in ("Volta", "Turing"):
         return []
-    found = []
-    if "bf16" in (workload.dtype, workload.amp):
-        found.append(
-            f"{gpu.name} ({gpu.family}) has no arithmetic in bf16; torch emulates it, slowly; fp16 is fast there"
-        )
-    if workload.attention != "eager" and not workload.inference:
-        found.append(f"the flash kernels that are priced need Ampere; on {gpu.name} other kernels may take more")
-    return found
+    if "bf16" not in (workload.dtype, workload.amp):
+        return []
+    caution = f"{gpu.name} ({gpu.family}) has no arithmetic in bf16; torch emulates it, slowly; fp16 is fast there"
+    if workload.attended_by == "sdpa" and (workload.amp or workload.dtype) == "bf16" and not workload.inference:
+        caution += ", and has a fused attention, where that in bf16 takes memory with the square of the length"
+    return [caution]
 
 
 def usable_bytes(total_bytes: int, quick: bool = False) -> int:

@@ -674,8 +674,10 @@ def _bigger_card(given: Answer, workload: Workload, how: str) -> Rung | None:
     for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.total_bytes):
         if gpu.total_bytes > least and given.takes(gpu.total_bytes, prediction):
             moved = _with(workload, gpu=gpu.name, vram_gib=None)
-            # Its cuBLAS may take more.
-            rung = _rung(given, f"bigger card, {how}: {gpu.name}", workload, moved, "none", "none; it costs money")
+            try:  # its cuBLAS may take more, its attention too, and it may lack flash-attn's
+                rung = _rung(given, f"bigger card, {how}: {gpu.name}", workload, moved, "none", "none; it costs money")
+            except LabError:
+                continue
             if rung.fits:
                 return rung
     return None

@@ -525,6 +525,15 @@ def test_a_remedy_that_does_not_apply_or_does_not_help_is_left_out(priced: Calla
     assert card.name.startswith("bigger card, as asked: ")
 
 
+def test_a_bigger_card_that_is_too_old_for_what_was_asked_is_left_out(priced: Callable[..., Answer]) -> None:
+    def card(attention: str) -> str:
+        *_, rung = planner.ladder(priced(model="smollm2-360m", length=8192, gpu="RTX-3060", attention=attention))
+        return str(rung.workload.gpu)
+
+    assert card("sdpa") == "T4"
+    assert card("flash_attention_2") == "RTX-4060-Ti-16GB"
+
+
 def test_where_no_remedy_is_enough_the_ladder_ends_with_a_smaller_model(priced: Callable[..., Answer]) -> None:
     *rungs, smaller, card = planner.ladder(priced(model="llama-3.1-70b", vram_gib=24))
     assert not any(rung.fits for rung in rungs)

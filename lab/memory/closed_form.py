@@ -35,12 +35,14 @@ from lab.memory.workload import (
     BYTES,
     PARTS,
     PHASES,
+    Dtype,
     Prediction,
     Workload,
     allocated_bytes,
     assumptions,
     check,
     nf4_tensors,
+    sdpa_kernel,
     stored_parameters,
     targets_of,
     workspace_bytes,
@@ -115,6 +117,11 @@ class Setup:
     def attended(self) -> int:
         """Bytes of an element of what attention takes and makes: FlashAttention takes 16 bits alone."""
         return 2 if self.workload.amp or self.workload.attended_by == "flash_attention_2" else self.inner
+
+    @cached_property
+    def attended_in(self) -> Dtype:
+        """The type of what attention takes."""
+        return "fp32" if self.attended == FP32 else self.workload.amp or self.workload.dtype
 
     @cached_property
     def adapter(self) -> int:
@@ -724,16 +731,28 @@ def eager_attention(s: Setup) -> list[Stage]:
     ]
 
 
-def plain_attention(s: Setup) -> Stage:
-    """What sdpa falls back to for grouped keys in fp32: scaled queries and keys, repeated keys and values, the
-    softmax (4 a s), backward two more of those.
+def plain_attention(s: Setup, grouped: bool) -> Stage:
+    """What torch falls back to where no kernel serves: all in fp32, with scores in the open. Keeps scaled queries and
+    keys and the values (3 x 4 q, grouped ones repeated), the softmax (4 a s), with dropout another and a mask (5 a s).
+    The softmax needs the scores, a copy of itself and a table of bits (4 + 4 + 1), backward two more of it (8).
 
     Source: aten's `_scaled_dot_product_attention_math`.
     """
-    item = s.attended
-    q = s.of(s.shape.heads * s.shape.head_size, item)
-    table = s.scores(item)
-    return Stage("attention", kept=4 * q + table, forward=2 * table, backward=2 * table + 2 * q)
+    shape, item = s.shape, s.attended
+    q, k = shape.heads * shape.head_size, shape.key_value_heads * shape.head_size
+    queries, output = s.of(q, FP32), s.of(q, item)
+    keys = s.allocated(s.workload.batch * s.keys * q * FP32)
+    given = k if grouped else q
+    copies = queries + 2 * s.allocated(s.workload.batch * s.keys * given * FP32) if item != FP32 else 0
+    table = s.scores(FP32)
+    later = output + (table + s.scores(1) if shape.attention_dropout else 0)
+    working = copies + keys * grouped + 2 * table + s.scores(1)
+    return Stage(
+        "plain attention",
+        kept=queries + 2 * keys + table + later,
+        forward=max(working - later, 0),
+        backward=2 * table + queries + keys,
+    )
 
 
 def attention_core(s: Setup, layer: int) -> list[Stage]:
@@ -744,11 +763,15 @@ def attention_core(s: Setup, layer: int) -> list[Stage]:
         return [fused_attention(s)]
     if workload.attended_by == "eager":
         return eager_attention(s)
-    if s.attended == 2 and not masked and shape.head_size <= 256:
-        return [fused_attention(s)]
-    if masked or shape.heads == shape.key_value_heads:
-        return [efficient_attention(s, masked)]
-    return [plain_attention(s)]
+    # With a mask, or wide heads, transformers repeats the keys itself.
+    grouped = shape.heads != shape.key_value_heads and not masked and shape.head_size <= 256
+    match sdpa_kernel(workload, s.attended_in, masked, grouped, shape.head_size):
+        case "flash":
+            return [fused_attention(s)]
+        case "efficient":
+            return [efficient_attention(s, masked)]
+        case _:
+            return [plain_attention(s, grouped)]
 
 
 def attention(s: Setup, layer: int) -> list[Stage]:
@@ -764,7 +787,9 @@ def attention(s: Setup, layer: int) -> list[Stage]:
         stages.append(Stage("rotary", forward=3 * turned, backward=4 * turned))
     core = attention_core(s, layer)
     eager = len(core) > 1
-    if len(inward) == 1 and not eager:  # queries or values are a view of queries, keys and values, which keeps all
+    if (
+        len(inward) == 1 and core[0].name == "attention"
+    ):  # queries or values are a view of queries, keys and values, which keeps all
         views = q + k if not shape.learned_positions else 2 * k if s.workload.method == "prefix" else 0
         core[0] = replace(core[0], kept=core[0].kept + s.of(views, item))
     if s.workload.method == "prefix":

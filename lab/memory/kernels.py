@@ -10,6 +10,7 @@ trl/kernels/chunked_logprob.py of trl 1.16; Liger-Kernel's fused_linear_cross_en
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from lab.memory.ledger import AllocatorLedger, Ledger
-from lab.memory.workload import Workload
+from lab.memory.workload import Dtype, Workload, sdpa_kernel
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLASH = "lab_fa2"
 
 
@@ -98,7 +99,46 @@ class _EfficientAttention(torch.autograd.Function):
         return (*found, None)
 
 
+class _SafeSoftmax(torch.autograd.Function):
+    """Allocates what torch's softmax of rows that may be masked whole allocates: it looks for them, and copies."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        weights = torch.empty_like(scores)
+        masked = torch.empty_like(scores, dtype=torch.bool)
+        found = torch.empty_like(scores)
+        del weights, masked
+        ctx.save_for_backward(found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        return torch.empty_like(ctx.saved_tensors[0])
+
+
+def _plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool
+) -> Tensor:
+    """What torch falls back to, as `_scaled_dot_product_attention_math` goes on CUDA: in fp32, with scores in the open."""
+    groups = query.shape[1] // key.shape[1]
+    wide_query, wide_key, wide_value = query.float(), key.float(), value.float()
+    scaled = wide_query * 0.5
+    if causal:
+        mask = torch.zeros(query.shape[2], key.shape[2])
+    repeated_key, repeated_value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (wide_key, wide_value))
+    scores = scaled @ (repeated_key.transpose(2, 3) * 0.5)
+    if mask is not None:
+        scores.add_(mask)
+    scores = _SafeSoftmax.apply(scores)
+    scores = _dropout(scores, dropout)
+    second = scores.to(query.dtype)
+    output = (scores @ repeated_value).to(query.dtype)
+    del second  # the weights are returned too, and dropped
+    return output
+
+
 def _attend(
+    workload: Workload,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -109,20 +149,20 @@ def _attend(
     enable_gqa: bool = False,
 ) -> Tensor:
     """`scaled_dot_product_attention` as CUDA chooses a kernel for it."""
-    low = torch.is_autocast_enabled("cpu")
-    if low:
+    if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = (t.to(dtype) for t in (query, key, value))
-    half = query.dtype != torch.float32
-    if half and attn_mask is None and query.shape[-1] <= 256:
+    name = next(name for name, dtype in DTYPES.items() if dtype == query.dtype)
+    grouped = key.shape[1] != query.shape[1]
+    kernel = sdpa_kernel(workload, name, attn_mask is not None, grouped, query.shape[-1])
+    if kernel == "flash":
         return _FlashAttention.apply(query, key, value)
-    if not enable_gqa:
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros(attn_mask.shape, dtype=query.dtype)
+    if kernel == "efficient":
         return _EfficientAttention.apply(query, key, value, attn_mask)
-    return torch.ops.aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )[0]
+    with torch.autocast("cpu", enabled=False):
+        return _plain_attention(query, key, value, attn_mask, dropout_p, is_causal)
 
 
 def _flash_forward(
@@ -164,7 +204,8 @@ def emulated(workload: Workload) -> Iterator[None]:
             from lab.memory.quantised import cuda_products
 
             stack.enter_context(cuda_products())
-        functional.scaled_dot_product_attention, functional.dropout = _attend, _dropout
+        functional.scaled_dot_product_attention = functools.partial(_attend, workload)
+        functional.dropout = _dropout
         try:
             yield
         finally:

@@ -126,6 +126,10 @@ def check(workload: Workload) -> None:
     if workload.method == "qlora" and workload.quantisation == "int8":
         raise LabError("quantisation: qlora holds the base in nf4, not int8. Choose method lora with int8.")
     check_scales(workload)
+    if workload.attention == "flash_attention_2" and before_ampere(workload):
+        raise LabError(
+            f"attention: flash_attention_2 needs Ampere or later; {workload.gpu} is older. Choose sdpa, or another gpu."
+        )
     if workload.preparation == "kbit" and not workload.held_as:
         raise LabError("preparation: kbit is for a quantised base. Choose quantisation nf4 or int8, or drop it.")
     check_length(shape, workload.length + workload.tokens_in_front)
@@ -220,6 +224,36 @@ def stored_parameters(workload: Workload, trainable: int, layers: int) -> int:
 
 MIB = 2**20
 HOPPER = ("H100", "H200", "GH200", "B100", "B200", "GB200")
+BEFORE_AMPERE = ("V100", "T4")
+"""Cards of the table in `lab.cards` (its families Volta and Turing), by the beginning of their names."""
+
+
+def before_ampere(workload: Workload) -> bool:
+    """Whether the workload's card is of compute capability 7, without flash kernels and arithmetic in bf16."""
+    return (workload.gpu or "").upper().startswith(BEFORE_AMPERE)
+
+
+def sdpa_kernel(
+    workload: Workload, dtype: Dtype, masked: bool, grouped: bool, head_size: int
+) -> Literal["flash", "efficient", "math"]:
+    """The kernel that torch's `scaled_dot_product_attention` takes on CUDA.
+
+    Flash takes 16 bits without a mask, from Ampere on; the memory-efficient one masks and fp32 too, but no grouped keys
+    and, before Ampere, no bf16. What neither takes is done by plain products.
+
+    Args:
+        dtype: of queries, keys and values.
+        grouped: whether there are fewer keys than queries, so that torch would have to repeat them.
+    Source: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp of torch 2.13 (`check_flash_attention_hardware_support`,
+        `can_use_mem_efficient_attention`, `minimum_gemm_alignment`).
+    """
+    old = before_ampere(workload)
+    if dtype != "fp32" and not masked and not old and head_size <= 256:
+        return "flash"
+    multiple = 8 if dtype != "fp32" else 1 if old else 4
+    if grouped or (old and dtype == "bf16") or head_size % multiple:
+        return "math"
+    return "efficient"
 
 
 def allocated_bytes(size: int) -> int:

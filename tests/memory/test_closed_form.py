@@ -273,6 +273,9 @@ SAMPLE: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", BF16 | {"batch": 8, "length": 1024} | EAGER),
     ("phi-3-mini-4k", BF16 | {"method": "lora", "batch": 2, "length": 2048, "loss": "fused"}),
     ("qwen2.5-1.5b", MIXED | {"method": "prompt", "batch": 4, "length": 1024, "checkpointing": True}),
+    ("llama-3.2-1b", BF16 | {"method": "lora", "batch": 2, "length": 1024, "gpu": "T4"}),
+    ("gpt2", {"dtype": "fp16", "batch": 4, "length": 1024, "gpu": "V100-16GB"}),
+    ("starcoderbase-1b", {"dtype": "fp32", "method": "lora", "batch": 1, "length": 1024}),
 ]
 
 
@@ -340,6 +343,8 @@ def _without_what_is_kept(stage: Stage, s: Setup) -> Stage:
         ("lora", _without_what_is_kept),
         ("rms_norm", _without_what_is_kept),
         ("fused_attention", _without_what_is_kept),
+        ("efficient_attention", _without_what_is_kept),
+        ("plain_attention", _without_what_is_kept),
     ],
 )
 def test_the_comparison_catches_a_formula_that_forgets_something(

@@ -231,6 +231,10 @@ def test_the_state_is_that_of_the_real_optimizer(name: str) -> None:
     [
         ({"quantisation": "nf4"}, "quantisation: nf4 weights cannot be trained"),
         ({"method": "qlora", "quantisation": "int8"}, "quantisation: qlora holds the base in nf4"),
+        (
+            {"attention": "flash_attention_2", "gpu": "T4"},
+            "attention: flash_attention_2 needs Ampere or later; T4 is older. Choose sdpa, or another gpu.",
+        ),
         ({"double_quantisation": True}, "double_quantisation: only nf4 has it"),
         ({"preparation": "kbit"}, "preparation: kbit is for a quantised base"),
         ({"length": 300}, "length: 300 tokens are more than the model's 256 positions"),
