@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lab.errors import LabError
-from lab.memory.workload import Workload, method_options
+from lab.memory.workload import STEPS, Workload, method_options
 
 _TORCH = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
 
@@ -46,7 +46,9 @@ def snippet(workload: Workload, name: str) -> str:
     if adapter:
         lines.append(f"adapter = {_call(*adapter)}")
     lines.append(f"# Sequences of {w.length} tokens.")
-    if w.stepped_by == "for-loop":
+    if w.step == "fused" and not w.optimizer.startswith("adamw_torch"):
+        lines.append("# A fused step: hand the Trainer an optimizer made with fused=True.")
+    if w.step == "for-loop" and w.optimizer in STEPS:
         lines.append("# One parameter at a time: hand the Trainer an optimizer made with foreach=False.")
     if w.loss == "full-shifted":
         lines.append("# The shifted fp32 copy of the logits is that of transformers before 4.50.")

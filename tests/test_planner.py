@@ -230,6 +230,11 @@ UNPRICED: list[tuple[dict[str, Any], str]] = [
     ({"quantisation": "nf4"}, "quantisation: nf4 weights cannot be trained, and method full trains all. Choose qlora"),
     ({"method": "lora", "targets": ["qproj"]}, "unknown target module 'qproj'. Did you mean 'q_proj'? Known: "),
     ({"method": "lora", "rank": 65}, "rank: 65 is larger than k_proj, 32 wide. Lower it."),
+    (
+        {"optimizer": "rmsprop", "step": "fused"},
+        "step: rmsprop has no fused step; it has foreach and for-loop. Choose ",
+    ),
+    ({"optimizer": "adafactor", "step": "foreach"}, "step: adafactor has no foreach step; it has for-loop. Choose "),
     ({"inference": True, "length": 5000}, "length: 5000 tokens are more than the model's 4096 positions."),
     ({"inference": True, "double_quantisation": True}, "double_quantisation: only nf4 has it. "),
 ]
@@ -713,6 +718,24 @@ def test_a_snippet_runs_and_says_what_was_priced(tmp_path: Path) -> None:
         sum(p.numel() for p in model.parameters() if p.requires_grad)
         == answer(workload).prediction.parameters["trainable"]
     )
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "step", "said"),
+    [
+        ("sgd", "fused", "fused=True"),
+        ("sgd", "for-loop", "foreach=False"),
+        ("sgd", None, None),
+        ("adamw_torch", "fused", None),
+        ("adafactor", "for-loop", None),
+    ],
+)
+def test_a_snippet_says_what_the_trainer_has_no_argument_for(
+    optimizer: str, step: str | None, said: str | None
+) -> None:
+    written = snippet(read_spec({"config": SMALL, "optimizer": optimizer, "step": step}), "owner/name")
+    assert ("hand the Trainer an optimizer made with" in written) == (said is not None)
+    assert said is None or f"made with {said}." in written
 
 
 def test_a_snippet_is_laid_out_like_the_rest() -> None:

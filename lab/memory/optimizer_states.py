@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lab.errors import LabError, unknown
+from lab.errors import unknown
 from lab.memory.ledger import tensors_in
 from lab.memory.workload import BLOCKWISE, OPTIMIZERS, Blockwise, Workload
 
@@ -22,7 +22,7 @@ def make_optimizer(workload: Workload, model: nn.Module) -> torch.optim.Optimize
     """The optimizer by its Trainer name, over the Trainer's two groups: with weight decay, and without.
 
     Raises:
-        LabError: the simulation has no model of it, or it has no step of that kind.
+        LabError: the simulation has no model of it.
     """
     groups, name, step = _groups(model), workload.optimizer, workload.stepped_by
     kinds: dict[str, Any] = {"foreach": step == "foreach", "fused": step == "fused"}
@@ -37,8 +37,6 @@ def make_optimizer(workload: Workload, model: nn.Module) -> torch.optim.Optimize
         case "adagrad":
             return torch.optim.Adagrad(groups, lr=1e-4, **kinds)
         case "rmsprop":
-            if step == "fused":
-                raise LabError("step: torch has no fused RMSprop. Choose foreach or for-loop.")
             return torch.optim.RMSprop(groups, lr=1e-4, foreach=kinds["foreach"])
         case "adafactor":
             from transformers.optimization import Adafactor

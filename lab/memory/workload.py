@@ -16,6 +16,7 @@ from lab.memory.architecture import Architecture
 from lab.params import Count
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+Step = Literal["foreach", "fused", "for-loop"]
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "temporaries", "workspace")
 PHASES = ("forward", "backward", "step")
 
@@ -47,7 +48,7 @@ class Workload(BaseModel):
     double_quantisation: bool = False
     preparation: Literal["kbit", "none"] | None = None
     optimizer: str = "adamw_torch"
-    step: Literal["foreach", "fused", "for-loop"] | None = None
+    step: Step | None = None
     batch: Count = 1
     length: Count = 1024
     accumulation: Count = 1
@@ -76,11 +77,9 @@ class Workload(BaseModel):
         return "eager" if self.attention == "sdpa" and self.config.get("model_type") == "gemma2" else self.attention
 
     @property
-    def stepped_by(self) -> Literal["foreach", "fused", "for-loop"]:
+    def stepped_by(self) -> Step:
         """How the optimizer's step goes over the parameters."""
-        if self.step:
-            return self.step
-        return "fused" if self.optimizer == "adamw_torch_fused" else "foreach"
+        return self.step or STEPS.get(self.optimizer, ONE_BY_ONE)[0]
 
 
 @dataclass(frozen=True)
@@ -154,6 +153,11 @@ def check(workload: Workload) -> None:
                 )
     if workload.optimizer not in OPTIMIZERS:
         raise unknown("optimizer", workload.optimizer, OPTIMIZERS)
+    steps = STEPS.get(workload.optimizer, ONE_BY_ONE)
+    if workload.stepped_by not in steps:
+        raise LabError(
+            f"step: {workload.optimizer} has no {workload.step} step; it has {' and '.join(steps)}. Choose one, or drop it."
+        )
 
 
 def check_scales(workload: Workload) -> None:
@@ -352,6 +356,19 @@ BLOCKWISE = {
     "paged_ademamix_8bit": Blockwise(3, 8, paged=True),
 }
 """bitsandbytes' optimizers by Trainer name."""
+
+ONE_BY_ONE: tuple[Step, ...] = ("for-loop",)
+STEPS: dict[str, tuple[Step, ...]] = {
+    "adamw_torch": ("foreach", "fused", "for-loop"),
+    "adamw_torch_fused": ("fused",),
+    "sgd": ("foreach", "fused", "for-loop"),
+    "adagrad": ("foreach", "fused", "for-loop"),
+    "rmsprop": ("foreach", "for-loop"),
+}
+"""How the step of torch 2.13's optimizers can go over the parameters, the default on CUDA first.
+
+transformers' Adafactor and bitsandbytes' optimizers go one by one (ONE_BY_ONE).
+"""
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor", *BLOCKWISE)
 """The Trainer's names that have a model of their state."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lab.errors import LabError
 from lab.memory import kernels
 from lab.memory.simulation import Rehearsal, predict, rehearse
-from lab.memory.workload import BLOCKWISE, PARTS, Workload
+from lab.memory.workload import BLOCKWISE, OPTIMIZERS, PARTS, Workload, check
 from lab.models import shapes
 
 GIB = 2**30
@@ -142,6 +142,33 @@ def test_two_shallow_models_hold_a_pattern_of_layers_whole(kind: str, layers: in
         assert getattr(extrapolated, name) == getattr(whole, name)
 
 
+@pytest.mark.parametrize("step", ["foreach", "fused", "for-loop"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_is_priced_where_the_optimizer_has_it_and_refused_where_not(name: str, step: str) -> None:
+    import torch
+    from transformers import TrainingArguments
+    from transformers.trainer import Trainer
+
+    arguments = TrainingArguments(output_dir="unused", optim=name, use_cpu=True, report_to="none")
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    options.pop("fused", None)
+    accepted = {"foreach": {"foreach": True}, "fused": {"fused": True}, "for-loop": {"foreach": False}}[step]
+    if kind.__module__.startswith("torch."):
+        try:
+            kind([torch.zeros(1, requires_grad=True)], **options, **accepted)
+            there = name != "adamw_torch_fused" or step == "fused"
+        except TypeError:
+            there = False
+    else:  # one parameter after the other
+        there = step == "for-loop"
+    workload = small(optimizer=name, step=step)
+    if there:
+        check(workload)
+    else:
+        with pytest.raises(LabError, match=f"step: {name} has no {step} step"):
+            check(workload)
+
+
 # CUDA -----------------------------------------------------------------------------------------------------------
 
 MISTRAL = {**json.loads(shapes()["mistral-7b-v0.1"].read_text()), "vocab_size": 32001}
@@ -243,6 +270,10 @@ def test_the_state_is_that_of_the_real_optimizer(name: str) -> None:
         ({"method": "prefix", "checkpointing": True}, "checkpointing: prefix tuning does not run with it"),
         ({"method": "ia3", "quantisation": "nf4", "dtype": "bf16"}, "preparation: IA3 on a quantised 16-bit base"),
         ({"optimizer": "galore_adamw"}, "unknown optimizer 'galore_adamw'"),
+        (
+            {"optimizer": "rmsprop", "step": "fused"},
+            "step: rmsprop has no fused step; it has foreach and for-loop. Choose one, or drop it.",
+        ),
         ({"shape": {"model_type": "bert"}}, "model_type"),
     ],
     ids=lambda value: str(value)[:40],
