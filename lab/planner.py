@@ -30,7 +30,7 @@ from lab.cards import (
     usable_bytes,
 )
 from lab.errors import LabError, nearest, unknown
-from lab.memory.architecture import Architecture
+from lab.memory.architecture import FUSED, Architecture
 from lab.memory.workload import (
     BYTES,
     PARTS,
@@ -70,8 +70,6 @@ def read_spec(spec: Mapping[str, Any]) -> Workload:
         given["gpu"] = find_gpu(str(given["gpu"])).name
     if isinstance(given.get("targets"), str):
         given["targets"] = tuple(target.strip() for target in given["targets"].split(",") if target.strip())
-    if given.get("targets") == ("all-linear",):  # PEFT's word for what is the default here
-        del given["targets"]
     if ("model" in given) == ("config" in given):
         both = "model and config are both given" if "model" in given else "model is missing, and so is config"
         raise LabError(f"{both}. Give one: a bundled name, a hub id or a path as model, or the fields as config.")
@@ -79,6 +77,8 @@ def read_spec(spec: Mapping[str, Any]) -> Workload:
         given["config"] = load_config(str(given.pop("model")))
     if not isinstance(given["config"], Mapping):
         raise LabError(f"config is {given['config']!r}; it must be an object, as in a config.json. Correct it.")
+    if given.get("targets") == ("all-linear",) and given["config"].get("model_type") not in FUSED:
+        del given["targets"]  # PEFT's word for what is the default here, but where it takes in the experts
     try:
         workload = parse(Workload, given, "spec")
     except LabError as error:

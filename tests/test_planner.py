@@ -169,6 +169,13 @@ def test_targets_are_a_list_or_words_between_commas_or_all() -> None:
     assert read_spec({**given, "targets": "all-linear"}).targets is None
 
 
+def test_all_linear_is_refused_where_peft_takes_in_the_experts() -> None:
+    said = mistake(lambda: answer(read_spec({"model": "mixtral-8x7b", "method": "lora", "targets": "all-linear"})))
+    assert said.startswith(
+        "targets: 'all-linear' stands for experts or their router, which a mixtral model holds as fused "
+    )
+
+
 def test_the_example_of_the_contract_is_read() -> None:
     spec = {
         "id": "free text, echoed",

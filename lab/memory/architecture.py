@@ -156,14 +156,26 @@ IA3_TARGETS: dict[str, tuple[str, ...]] = {
 IA3_FEEDFORWARD = ("down_proj", "fc2", "mlp.c_proj")
 """The modules whose input, rather than output, PEFT's IA3 rescales."""
 
-FUSED: dict[str, tuple[str, ...]] = {
-    "mixtral": ("gate", "w1", "w2", "w3"),
-    "qwen3_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
-}
-"""Targets that PEFT 0.21 turns into parts of the router and of the fused experts, by model_type.
+FUSED = ("mixtral", "qwen3_moe")
+"""Kinds whose experts PEFT 0.21 adapts where targets name their matrices, even where a layer has such a module.
 
-They stand for 3-D parameters (peft.utils.transformers_weight_conversion), even where a layer has such a module.
+transformers 5 holds the experts of a layer as two 3-D parameters and the router as one, not as linear modules. PEFT turns
+the names that they had, and `all-linear`, into `target_parameters` (peft.utils.transformers_weight_conversion).
 """
+
+EXPERT_TARGETS = (
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "gate_up_proj",
+    "w1",
+    "w2",
+    "w3",
+    "gate",
+    "experts",
+    "all-linear",
+)
+"""What targets call the experts and the router of any such kind."""
 
 
 @dataclass(frozen=True)
@@ -331,15 +343,16 @@ class Architecture:
         """The modules that PEFT adapts for a target: those so called, or whose path ends so (`mlp.c_proj`).
 
         Raises:
-            LabError: there is none (the message names those that exist), or PEFT takes it for the experts.
+            LabError: there is none (the message names those that exist), or it stands for experts.
         """
-        if target.rsplit(".", 1)[-1] in FUSED.get(self.kind, ()):
+        name = target.rsplit(".", 1)[-1]
+        found = tuple(m for m in self.linears.get(name, ()) if f".{m.path}".endswith(f".{target}"))
+        if name in EXPERT_TARGETS and (self.kind in FUSED or (self.experts and not found)):
             raise LabError(
-                f"targets: PEFT adapts the fused experts of a {self.kind} model for '{target}', which is not covered. "
+                f"targets: '{target}' stands for experts or their router, which a {self.kind} model holds as fused "
+                f"parameters and not as linear modules; adapters on them are not covered. "
                 f"Choose from: {', '.join(self.default_targets('lora'))}."
             )
-        modules = self.linears.get(target.rsplit(".", 1)[-1], ())
-        found = tuple(m for m in modules if f".{m.path}".endswith(f".{target}"))
         if not found:
             raise unknown("target module", target, self.linears)
         return found
@@ -356,7 +369,7 @@ class Architecture:
         """
         if method in ("lora", "qlora", "dora"):
             modules = (*self.attention, *self.feed_forward, *self.shared)
-            fused = FUSED.get(self.kind, ())
+            fused = EXPERT_TARGETS if self.kind in FUSED else ()
             return tuple(dict.fromkeys(m.name for m in modules if m.outputs > 1 and m.name not in fused))
         if method != "ia3":
             return ()

@@ -299,19 +299,45 @@ def test_a_target_may_be_a_name_or_the_end_of_a_path() -> None:
             shape.matching(target)
 
 
-def test_a_target_that_peft_takes_for_fused_experts_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("case", "target"),
+    [
+        ("mixtral", "w2"),
+        ("mixtral", "gate"),
+        ("mixtral", "all-linear"),
+        ("qwen3_moe", "mlp.down_proj"),
+        ("qwen3_moe", "gate"),
+        ("qwen3_moe", "all-linear"),
+        ("qwen3_moe with dense layers", "down_proj"),
+    ],
+)
+def test_a_target_that_peft_takes_for_fused_experts_is_refused(case: str, target: str) -> None:
     from peft import LoraConfig, get_peft_model
 
-    for case, target in (("mixtral", "w2"), ("qwen3_moe", "mlp.down_proj"), ("qwen3_moe", "gate")):
-        shape = Architecture.of(small(case))
-        with pytest.raises(LabError) as error:
-            shape.matching(target)
-        assert str(error.value) == (
-            f"targets: PEFT adapts the fused experts of a {case} model for '{target}', which is not covered. "
-            "Choose from: q_proj, k_proj, v_proj, o_proj."
-        )
-        adapted = get_peft_model(built(small(case)), LoraConfig(target_modules=[target, "q_proj"]))
-        assert adapted.peft_config["default"].target_parameters
+    shape = Architecture.of(small(case))
+    with pytest.raises(LabError) as error:
+        shape.matching(target)
+    assert str(error.value) == (
+        f"targets: '{target}' stands for experts or their router, which a {shape.kind} model holds as fused parameters "
+        "and not as linear modules; adapters on them are not covered. Choose from: q_proj, k_proj, v_proj, o_proj."
+    )
+    targets = target if target == "all-linear" else [target, "q_proj"]
+    adapted = get_peft_model(built(small(case)), LoraConfig(target_modules=targets))
+    assert adapted.peft_config["default"].target_parameters
+
+
+@pytest.mark.parametrize(
+    ("case", "target"), [("mixtral", "gate_proj"), ("qwen3_moe", "experts"), ("qwen2_moe", "gate_up_proj")]
+)
+def test_a_target_that_only_means_experts_is_told_why_there_is_no_such_module(case: str, target: str) -> None:
+    with pytest.raises(LabError, match=f"'{target}' stands for experts or their router, which a {case} model holds"):
+        Architecture.of(small(case)).matching(target)
+
+
+def test_the_shared_expert_of_qwen2_moe_is_made_of_linear_modules() -> None:
+    assert [m.path for m in Architecture.of(small("qwen2_moe")).matching("down_proj")] == [
+        "mlp.shared_expert.down_proj"
+    ]
 
 
 def test_methods_without_targets_have_none_and_ia3_asks_for_them_where_peft_has_no_choice() -> None:
