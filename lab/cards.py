@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from lab.errors import LabError, nearest
-from lab.memory.workload import Workload
+from lab.memory.workload import Workload, before_ampere
 
 GIB = 2**30
 
@@ -102,16 +102,20 @@ def card_bytes(workload: Workload) -> int | None:
 
 
 def cautions(workload: Workload) -> list[str]:
-    """Where the card cannot do what is priced."""
-    gpu = find_gpu(workload.gpu) if workload.gpu else None
-    if not gpu or gpu.family not in ("Volta", "Turing"):
-        return []
-    if "bf16" not in (workload.dtype, workload.amp):
-        return []
-    caution = f"{gpu.name} ({gpu.family}) has no arithmetic in bf16; torch emulates it, slowly; fp16 is fast there"
-    if workload.attended_by == "sdpa" and (workload.amp or workload.dtype) == "bf16" and not workload.inference:
-        caution += ", and has a fused attention, where that in bf16 takes memory with the square of the length"
-    return [caution]
+    """What the price leaves out, and where the card cannot do well what is priced."""
+    found = []
+    if workload.config.get("model_type") == "gemma3":
+        found.append(
+            "of gemma3 the language model alone is priced; AutoModelForCausalLM loads the vision tower too, whose weights "
+            "(0.8 GiB in bf16, of the models from 4B to 27B) and adapters come on top"
+        )
+    if workload.gpu and before_ampere(workload) and "bf16" in (workload.dtype, workload.amp):
+        gpu = find_gpu(workload.gpu)
+        caution = f"{gpu.name} ({gpu.family}) has no arithmetic in bf16; torch emulates it, slowly; fp16 is fast there"
+        if workload.attended_by == "sdpa" and (workload.amp or workload.dtype) == "bf16" and not workload.inference:
+            caution += ", and has a fused attention, where that in bf16 takes memory with the square of the length"
+        found.append(caution)
+    return found
 
 
 def usable_bytes(total_bytes: int, quick: bool = False) -> int:

@@ -405,6 +405,21 @@ class Architecture:
         return rows * self.hidden + sum(map(self.layer_parameters, range(self.layers))) + final_norm + head
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the language model alone: of a `gemma3`, without the vision tower.
+
+    Raises:
+        LabError: it has none.
+    """
+    if config.get("model_type") != "gemma3":
+        return config
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        raise LabError("config: text_config is missing; a gemma3 model has its shape there. Add it.")
+    tied = {k: v for k, v in config.items() if k == "tie_word_embeddings"}
+    return {**tied, **text, "model_type": "gemma3_text"}
+
+
 # Reading a config ---------------------------------------------------------------------------------------------------
 
 
@@ -422,12 +437,7 @@ class _Fields:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> _Fields:
-        if config.get("model_type") == "gemma3":
-            text = config.get("text_config")
-            if not isinstance(text, Mapping):
-                raise LabError("config: text_config is missing; a gemma3 model has its shape there. Add it.")
-            tied = {k: v for k, v in config.items() if k == "tie_word_embeddings"}
-            config = {**tied, **text, "model_type": "gemma3_text"}
+        config = text_config(config)
         kind = _kind(config)
         for name in REFUSED:
             if config.get(name):

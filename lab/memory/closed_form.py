@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
-from lab.memory.architecture import GPT, SLIDING, Architecture, Linear
+from lab.memory.architecture import GPT, SLIDING, Architecture, Linear, text_config
 from lab.memory.workload import (
     BLOCKWISE,
     BYTES,
@@ -143,7 +143,7 @@ class Setup:
     @cached_property
     def activation(self) -> str:
         """The name of the feed-forward's non-linearity."""
-        config = self.workload.config.get("text_config", self.workload.config)
+        config = text_config(self.workload.config)
         default = "gelu_new" if self.shape.kind in (*GPT, "phi") else "silu"
         names = ("activation_function", "hidden_activation", "hidden_act")
         return next((str(config[name]) for name in names if config.get(name)), default)

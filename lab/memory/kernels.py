@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lab.memory.architecture import Architecture
 from lab.memory.ledger import AllocatorLedger, Ledger
 from lab.memory.workload import Dtype, Workload, sdpa_kernel
 
@@ -31,8 +32,7 @@ FLASH = "lab_fa2"
 def make_ledger(workload: Workload) -> Ledger:
     """The ledger that counts as the workload's device does."""
     ledger = AllocatorLedger() if workload.device == "cuda" else Ledger()
-    config = workload.config.get("text_config", workload.config)
-    ledger.logits_width = config["vocab_size"]
+    ledger.logits_width = Architecture.of(workload.config).vocabulary
     return ledger
 
 

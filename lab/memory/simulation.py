@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lab.memory import kernels
 from lab.memory import optimizer_states as states
-from lab.memory.architecture import Architecture
+from lab.memory.architecture import Architecture, text_config
 from lab.memory.kernels import DTYPES
 from lab.memory.ledger import weights
 from lab.memory.measurement import by_kind, optimizer_state_by_parameter, parameter_counts
@@ -205,7 +205,7 @@ def build(workload: Workload, config: Mapping[str, Any]) -> nn.Module:
     """The model with its method, on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    loaded = AutoConfig.for_model(**config)
+    loaded = AutoConfig.for_model(**text_config(config))
     loaded.use_cache = False
     attention = kernels.attention_name(workload)
     with torch.device("meta"):

@@ -230,6 +230,36 @@ def test_a_gemma3_of_text_and_images_has_the_shape_of_its_text_model() -> None:
     assert Architecture.of({"model_type": "gemma3", "text_config": text}).parameters() == 3_880_263_168
 
 
+def test_of_a_gemma3_of_text_and_images_both_engines_price_the_text_model_and_say_so() -> None:
+    from lab.cards import cautions
+    from lab.memory import closed_form, simulation
+    from lab.memory.workload import Workload
+
+    text = {key: value for key, value in small("gemma3_text").items() if key != "model_type"}
+    both = Workload(config={"model_type": "gemma3", "text_config": text}, method="lora", rank=2, length=32)
+    alone = both.model_copy(update={"config": small("gemma3_text")})
+    for engine in (closed_form, simulation):
+        assert engine.predict(both) == engine.predict(alone)
+    (said,) = cautions(both)
+    assert said.startswith(
+        "of gemma3 the language model alone is priced; AutoModelForCausalLM loads the vision tower too"
+    )
+    assert cautions(alone) == []
+    # And it does.
+    assert any(
+        "vision_tower" in name for name, _ in built({"model_type": "gemma3", "text_config": text}).named_parameters()
+    )
+
+
+def test_the_vision_tower_of_gemma3_takes_what_the_caution_says() -> None:
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+    text = {"hidden_size": 2560, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 96}
+    config = {"text_config": text, "vision_config": {**vision, "image_size": 896, "patch_size": 14}}
+    model = built({"model_type": "gemma3", **config})
+    beside = sum(p.numel() for name, p in model.named_parameters() if "vision_tower" in name or "projector" in name)
+    assert round(2 * beside / 2**30, 1) == 0.8
+
+
 # Bundled shapes ------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import torch
 
 from lab.cards import GPUS
 from lab.memory import kernels
-from lab.memory.part_ledger import PartLedger
+from lab.memory.ledger import Ledger
 from lab.memory.simulation import predict
 from lab.memory.workload import Workload, before_ampere, sdpa_kernel
 
@@ -64,7 +64,7 @@ def kept_bytes(attend: Any, dtype: torch.dtype, groups: int, backward: bool) -> 
     """Bytes that are held after an attention, or after its backward, beside what was there before."""
     query = torch.zeros(2, 4, 24, 16, dtype=dtype, requires_grad=True)
     key, value = (torch.zeros(2, 4 // groups, 24, 16, dtype=dtype, requires_grad=True) for _ in range(2))
-    with PartLedger() as ledger:
+    with Ledger() as ledger:
         output = attend(query, key, value)
         if backward:
             output.sum().backward()
