@@ -75,7 +75,7 @@ def rehearse_whole(workload: Workload, **how: Any) -> Rehearsal:
     if 2 * (shallow + period) > depth:
         return rehearse(workload, workload.config, **how)
     small, large = (rehearse(workload, shrink(workload.config, n), **how) for n in (shallow, shallow + period))
-    return small.extrapolate(large, (depth - shallow) // period)
+    return small.extrapolate(large, (depth - shallow) // period, kernels.make_ledger(workload).round)
 
 
 def shrink(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
@@ -109,6 +109,7 @@ class Rehearsal:
         step_start: what is held when the optimizer's step begins, gradients complete, by part.
         parameters: numbers of parameters.
         kinds: trainable parameters and their state, see `by_kind`.
+        norms: of the gradients, stacked to clip them; not rounded.
         host: bytes of paged optimizer state.
     """
 
@@ -119,20 +120,31 @@ class Rehearsal:
     step_start: Counter[str] = field(default_factory=Counter)
     parameters: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
+    norms: int = 0
     host: int = 0
 
-    def extrapolate(self, deeper: Rehearsal, periods: int) -> Rehearsal:
-        """The same `periods` further, if `deeper` is one further: affine in the depth, stretch by stretch."""
+    def extrapolate(self, deeper: Rehearsal, periods: int, rounded: Callable[[int], int]) -> Rehearsal:
+        """The same `periods` further, if `deeper` is one further: affine in the depth, stretch by stretch.
+
+        Args:
+            rounded: bytes that a storage takes. The norms of all gradients are the one storage that grows with the depth,
+                and rounding is not affine.
+        """
 
         def further(a: Mapping[str, int], b: Mapping[str, int]) -> Counter[str]:
             return Counter({name: a.get(name, 0) + periods * (b.get(name, 0) - a.get(name, 0)) for name in {**a, **b}})
 
         counters = ("steady", "end_of_forward", "between", "step_start", "parameters", "kinds")
-        return Rehearsal(
+        found = Rehearsal(
             {place: further(parts, deeper.stretches[place]) for place, parts in self.stretches.items()},
             **{name: further(getattr(self, name), getattr(deeper, name)) for name in counters},
+            norms=self.norms + periods * (deeper.norms - self.norms),
             host=self.host + periods * (deeper.host - self.host),
         )
+        if found.stretches:
+            affine = rounded(self.norms) + periods * (rounded(deeper.norms) - rounded(self.norms))
+            found.stretches["step", "clip"]["temporaries"] += rounded(found.norms) - affine
+        return found
 
     @property
     def peaks(self) -> dict[str, Counter[str]]:
@@ -307,11 +319,15 @@ class Update:
                     seen.between = self._held()
                 self._forward_and_backward(batch)
             seen.step_start = self._held()
-            ledger.enter_phase("step start")
-            self._step(optimizer)
+            ledger.enter_phase("step clip")
+            nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
+            ledger.enter_phase("step update")
+            optimizer.step()
+            optimizer.zero_grad()
             ledger.enter_phase("idle")
         peaks = {name: parts for name, parts in ledger.held_at_peak.items() if name != "idle"}
         seen.stretches = {(p, place): _on_device(parts) for name, parts in peaks.items() for p, place in [name.split()]}
+        seen.norms = len(self.trained) * max(parameter.element_size() for parameter in self.trained)
         seen.host = states.host_bytes(optimizer)
         return seen
 
@@ -340,11 +356,6 @@ class Update:
 
     def _end_forward(self) -> None:
         self.seen.end_of_forward = self._held()
-
-    def _step(self, optimizer: torch.optim.Optimizer) -> None:
-        nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def _on_device(held: Mapping[str, int]) -> Counter[str]:
