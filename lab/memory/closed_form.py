@@ -589,8 +589,8 @@ def _adapter_input(s: Setup, m: Linear, given: int, kept: bool) -> tuple[int, in
 def dora(s: Setup, base: Stage, m: Linear, given: int, kept: bool = False) -> Stage:
     """LoRA with a trained length for each output (Liu et al. 2024): m (W + B A) / |W + B A|.
 
-    Keeps, beside what LoRA keeps, x W and x A B (2 and 4 out; with dropout, x W is computed again and W kept for it
-    in A's type). For the norm PEFT multiplies A and B with an fp32 identity (4 in²) and holds B A, W, and two sums of
+    Keeps, beside what LoRA keeps, x W and x A B (2 and 4 out; with dropout, x W is computed again and W, unpacked,
+    kept for it in A's type). For the norm PEFT multiplies A and B with an fp32 identity (4 in²) and holds B A, W, and two sums of
     them in fp32 (16 n): bytes that no batch makes smaller.
 
     Source: peft 0.21, `tuners/lora/dora.py`.
@@ -602,7 +602,7 @@ def dora(s: Setup, base: Stage, m: Linear, given: int, kept: bool = False) -> St
     plain = lora(s, base, m, given, kept)
     unbiased = max(s.product_of(m, given), s.stream) if m.bias else s.product_of(m, given)
     results = s.of(m.outputs, low if dropout else unbiased) + s.of(m.outputs, low)
-    repeated = s.allocated(m.inputs * m.outputs * low) if dropout and low != s.stream else 0
+    repeated = s.allocated(m.inputs * m.outputs * low) if dropout and (low != s.stream or s.holds(m)) else 0
     x = s.of(m.inputs, FP32)
     back = s.of(m.outputs, s.product_of(m, given)) + 3 * x if dropout else 0
     return replace(

@@ -7,7 +7,7 @@ of linear layers (integrations/bitsandbytes.py): every linear layer but the outp
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,10 +42,11 @@ def quantise(model: Any, workload: Workload, dtype: torch.dtype) -> None:
             layer.bias = nn.Parameter(module.bias.detach().to(dtype))
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.requires_grad_(False))
+        materialise_layer(layer, dtype)  # DoRA begins with the norms of the weights
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = workload.held_as == "nf4", workload.held_as == "int8"
 
 
-def materialise_layer(module: nn.Module, dtype: torch.dtype) -> None:
+def materialise_layer(module: Any, dtype: torch.dtype) -> None:
     """Give a layer of bitsandbytes its packed weights and their tables; other modules are left alone."""
     import bitsandbytes
     from bitsandbytes.functional import QuantState
@@ -74,14 +75,33 @@ def materialise_layer(module: nn.Module, dtype: torch.dtype) -> None:
             offset=torch.zeros(()) if nested else None,
             state2=inner,
         )
-        packed = nn.Parameter(torch.zeros((shape.numel() + 1) // 2, 1, dtype=torch.uint8), requires_grad=False)
-        packed.quant_state = state  # type: ignore[attr-defined]
-        module.weight = packed
+        packed = torch.zeros((shape.numel() + 1) // 2, 1, dtype=torch.uint8)
+        kinds: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": nested, "bnb_quantized": True}
+        if type(packed) is torch.Tensor:
+            module.weight = bitsandbytes.nn.Params4bit(packed, requires_grad=False, quant_state=state, **kinds)
+        else:
+            module.weight = nn.Parameter(packed, requires_grad=False)
+            module.weight.quant_state = state
+            _unpacks_itself(module, lambda: _unpacked(state, state.dtype))
     elif isinstance(module, bitsandbytes.nn.Linear8bitLt):
         shape = torch.Size((module.out_features, module.in_features))
-        held = nn.Parameter(torch.zeros(shape, dtype=torch.int8), requires_grad=False)
-        held.CB, held.SCB = held.data, torch.zeros(shape[0])  # type: ignore[attr-defined]
-        module.weight = held
+        held, of_rows = torch.zeros(shape, dtype=torch.int8), torch.zeros(shape[0])
+        if type(held) is torch.Tensor:
+            module.weight = bitsandbytes.nn.Int8Params(
+                held, requires_grad=False, has_fp16_weights=False, CB=held, SCB=of_rows
+            )
+        else:
+            module.weight = nn.Parameter(held, requires_grad=False)
+            module.weight.CB, module.weight.SCB = held, of_rows
+            _unpacks_itself(module, lambda: torch.ops.bitsandbytes.int8_vectorwise_dequant(held, of_rows))
+
+
+def _unpacks_itself(module: Any, unpack: Callable[[], Tensor]) -> None:
+    """Where the weight is a fake tensor it cannot be of bitsandbytes' class, by which PEFT knows what to unpack for DoRA.
+
+    So the layer takes the place of one of HQQ, which PEFT asks to unpack itself (peft.utils.integrations).
+    """
+    module.W_q, module.dequantize = True, unpack
 
 
 # On CUDA --------------------------------------------------------------------------------------------------------

@@ -270,6 +270,7 @@ SAMPLE: list[tuple[str, dict[str, Any]]] = [
     ("llama-3.1-70b", {"method": "qlora", "double_quantisation": True, "length": 2048, "checkpointing": True}),
     ("mistral-7b-v0.1", MIXED | {"method": "lora", "batch": 2, "length": 2048, "dropout": 0.1} | EAGER),
     ("qwen3-8b", BF16 | {"method": "dora", "batch": 2, "length": 1024, "loss": "chunked"}),
+    ("qwen2.5-0.5b", BF16 | {"method": "dora", "quantisation": "nf4", "batch": 2, "length": 1024, "dropout": 0.1}),
     ("gpt2", BF16 | {"batch": 8, "length": 1024} | EAGER),
     ("phi-3-mini-4k", BF16 | {"method": "lora", "batch": 2, "length": 2048, "loss": "fused"}),
     ("qwen2.5-1.5b", MIXED | {"method": "prompt", "batch": 4, "length": 1024, "checkpointing": True}),

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -87,17 +88,40 @@ def test_the_simulation_equals_the_ledger_on_real_tensors(
 
 
 @pytest.mark.parametrize("preparation", ["kbit", "none", None])
-@pytest.mark.parametrize(("quantisation", "double"), [("nf4", False), ("nf4", True), ("int8", False)])
-def test_a_quantised_base_equals_that_of_bitsandbytes(quantisation: str, double: bool, preparation: str | None) -> None:
+@pytest.mark.parametrize(
+    ("method", "quantisation", "double"),
+    [
+        ("lora", "nf4", False),
+        ("lora", "nf4", True),
+        ("lora", "int8", False),
+        ("qlora", None, False),
+        ("qlora", None, True),
+        ("dora", "nf4", False),
+        ("dora", "nf4", True),
+        ("dora", "int8", False),
+    ],
+)
+def test_a_quantised_base_equals_that_of_bitsandbytes(
+    method: str, quantisation: str | None, double: bool, preparation: str | None
+) -> None:
     workload = small(
         shape={"hidden_size": 64, "intermediate_size": 176},
-        method="lora",
+        method=method,
         quantisation=quantisation,
         double_quantisation=double,
         preparation=preparation,
         checkpointing=double,
     )
     assert totals(rehearse(workload, workload.config)) == totals(rehearse(workload, workload.config, real=True))
+
+
+def test_dora_that_forgot_to_unpack_the_weight_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lab.memory import quantised
+
+    workload = small(shape={"hidden_size": 64, "intermediate_size": 176}, method="dora", quantisation="nf4")
+    real = totals(rehearse(workload, workload.config, real=True))
+    monkeypatch.setattr(quantised, "_unpacked", lambda state, dtype: torch.zeros(1, 1, dtype=dtype).expand(state.shape))
+    assert totals(rehearse(workload, workload.config)) != real
 
 
 def test_a_planted_fault_in_the_loss_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +171,6 @@ def test_two_shallow_models_hold_a_pattern_of_layers_whole(kind: str, layers: in
 @pytest.mark.parametrize("step", ["foreach", "fused", "for-loop"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_is_priced_where_the_optimizer_has_it_and_refused_where_not(name: str, step: str) -> None:
-    import torch
     from transformers import TrainingArguments
     from transformers.trainer import Trainer
 
@@ -232,7 +255,6 @@ def test_paged_state_is_not_on_the_device() -> None:
 
 @pytest.mark.parametrize("name", sorted(BLOCKWISE))
 def test_the_state_is_that_of_the_real_optimizer(name: str) -> None:
-    import torch
     from transformers import TrainingArguments
     from transformers.trainer import Trainer
 
