@@ -137,6 +137,8 @@ class Measurement:
         step_temporary: how far the step rises above what was live when it began.
         parameters: `total` (ties once, 4-bit ones unpacked), `trainable`, `stored` (4-bit ones packed).
         allocator_peaks: on CUDA, allocated and reserved bytes by phase.
+        driver_bytes: on CUDA, what the driver says is in use after the update: what torch reserves, the context, and other
+            processes on the card.
     """
 
     peaks: dict[str, int]
@@ -149,6 +151,7 @@ class Measurement:
     step_temporary: int
     parameters: dict[str, int]
     allocator_peaks: dict[str, tuple[int, int]]
+    driver_bytes: int = 0
 
     @property
     def peak_phase(self) -> str:
@@ -229,6 +232,11 @@ def figures(
     }
 
 
+def _in_use() -> int:
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
 def measure(trainer: Trainer, round_to: int | None = None) -> Measurement:
     """Run `trainer.train()` and account for the memory of its last update.
 
@@ -274,6 +282,7 @@ def measure(trainer: Trainer, round_to: int | None = None) -> Measurement:
                     step_temporary=ledger.peaks["step"] - seen.step_start.total,
                     parameters=parameter_counts(trainer.model),
                     allocator_peaks=dict(ledger.allocator_peaks),
+                    driver_bytes=_in_use() if device == "cuda" else 0,
                 )
             )
 
