@@ -72,9 +72,6 @@ def _memory_figures(measured: measurement.Measurement, model: Any) -> dict[str, 
     )
     if measured.allocator_peaks:  # on CUDA the allocator's word counts
         allocated, reserved = zip(*measured.allocator_peaks.values(), strict=True)
-        found |= {
-            "ledger_peak_bytes": found["peak_bytes"],
-            "peak_bytes": max(allocated),
-            "reserved_bytes": max(reserved),
-        }
+        found |= {"ledger_peak_bytes": found["peak_bytes"], "peak_bytes": max(allocated)}
+        found |= {"reserved_bytes": max(reserved), "driver_bytes": measured.driver_bytes}
     return found
