@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lab import methods
 from lab.memory import kernels
 from lab.memory import optimizer_states as states
 from lab.memory.architecture import Architecture, text_config
@@ -38,7 +39,6 @@ from lab.memory.workload import (
     stored_parameters,
     workspace_bytes,
 )
-from lab.methods import apply_method
 
 MakeOptimizer = Callable[[Workload, nn.Module], torch.optim.Optimizer]
 
@@ -199,18 +199,28 @@ def rehearse(
 
 @contextlib.contextmanager
 def _shadows(device: str) -> Iterator[None]:
+    from torch import _meta_registrations
     from transformers import masking_utils
 
     from lab.memory.shadows import ShadowMode
 
+    registered: Any = _meta_registrations
+    # torch's shape rule of grouped products, those of experts, knows bf16 alone, its kernels all types.
+    of_bf16 = registered._meta_grouped_mm_common
+
+    def of_all(a: Tensor, b: Tensor, *scales: Any, **options: Any) -> Any:
+        return of_bf16(a.to(torch.bfloat16), b.to(torch.bfloat16), *scales, **options).to(a.dtype)
+
     # transformers looks at the positions' values to find packed sequences; here there are none.
     original = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    registered._meta_grouped_mm_common = of_all
     try:
         with ShadowMode(device):
             yield
     finally:
         masking_utils.find_packed_sequence_indices = original
+        registered._meta_grouped_mm_common = of_bf16
 
 
 def build(workload: Workload, config: Mapping[str, Any]) -> nn.Module:
@@ -231,8 +241,9 @@ def build(workload: Workload, config: Mapping[str, Any]) -> nn.Module:
 
                 prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         method = "lora" if workload.method == "qlora" else workload.method
+        chosen = methods.method(method)  # its targets, which may be the ends of paths, are checked
         if not (method == "full" and workload.held_as):  # integers cannot be set to train; they can be counted
-            model = apply_method(model, method, method_options(workload))
+            model = chosen.apply(model, chosen.options(**method_options(workload)))
         if workload.held_as and workload.preparation is None:
             # trl 1.16 trains adapters of a quantised base in bf16, but for DoRA's magnitudes.
             for name, parameter in model.named_parameters():
