@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -199,28 +200,24 @@ def rehearse(
 
 @contextlib.contextmanager
 def _shadows(device: str) -> Iterator[None]:
-    from torch import _meta_registrations
+    from torch import _meta_registrations as registered
     from transformers import masking_utils
 
     from lab.memory.shadows import ShadowMode
 
-    registered: Any = _meta_registrations
     # torch's shape rule of grouped products, those of experts, knows bf16 alone, its kernels all types.
-    of_bf16 = registered._meta_grouped_mm_common
+    of_bf16: Any = getattr(registered, "_meta_grouped_mm_common", None)  # of torch 2.13
 
     def of_all(a: Tensor, b: Tensor, *scales: Any, **options: Any) -> Any:
         return of_bf16(a.to(torch.bfloat16), b.to(torch.bfloat16), *scales, **options).to(a.dtype)
 
-    # transformers looks at the positions' values to find packed sequences; here there are none.
-    original = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    registered._meta_grouped_mm_common = of_all
-    try:
-        with ShadowMode(device):
-            yield
-    finally:
-        masking_utils.find_packed_sequence_indices = original
-        registered._meta_grouped_mm_common = of_bf16
+    with contextlib.ExitStack() as stack:
+        # transformers looks at the positions' values to find packed sequences; here there are none.
+        stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None))
+        if of_bf16:
+            stack.enter_context(patch.object(registered, "_meta_grouped_mm_common", of_all))
+        stack.enter_context(ShadowMode(device))
+        yield
 
 
 def build(workload: Workload, config: Mapping[str, Any]) -> nn.Module:
