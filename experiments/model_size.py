@@ -32,15 +32,11 @@ LOADED: dict[str, dict[str, Any]] = {
     "16 bits": {"precision": "bf16", "updates": 0},
     "4 bits": {"precision": "bf16", "updates": 0, "quantisation": "nf4-double"},
 }
+RECIPE = {"precision": "bf16", "autocast": True, "checkpointing": True}
 TRAINED: dict[str, dict[str, Any]] = {
-    "full": {"precision": "bf16", "checkpointing": True},
-    "lora": {"precision": "bf16", "checkpointing": True, "method": "lora"},
-    "qlora": {
-        "precision": "bf16",
-        "checkpointing": True,
-        "method": "qlora",
-        "method_options": {"double_quantisation": True},
-    },
+    "full": RECIPE,
+    "lora": {**RECIPE, "method": "lora"},
+    "qlora": {**RECIPE, "method": "qlora", "method_options": {"double_quantisation": True}},
 }
 
 
@@ -154,7 +150,7 @@ EXPERIMENT = Experiment(
             lecture="4",
             tiers=("sim", "gpu"),
             threshold=f"on each card of {', '.join(map(str, CARDS))} GB, in 16 and in 4 bits, a model of up to 70B does not load",
-            scope="weights alone, one sequence to train, checkpointing, AdamW; steps between bundled models; no draw",
+            scope="weights alone; trained: one sequence, bf16, autocast, checkpointing, AdamW; steps between bundled models",
             judge=judge_limit,
             controls={"the smallest model as every one": smallest_control},
             advice={
@@ -169,7 +165,7 @@ EXPERIMENT = Experiment(
             lecture="4",
             tiers=("sim", "gpu"),
             threshold=f"on each card of {', '.join(map(str, CARDS))} GB QLoRA trains a larger model than LoRA",
-            scope="one sequence, checkpointing, AdamW, LoRA on all linear layers; steps between bundled models; no draw",
+            scope="one sequence, bf16, autocast, checkpointing, AdamW, LoRA on all linear layers; steps between models",
             judge=judge_qlora,
             controls={"LoRA as QLoRA": lora_control},
             advice={

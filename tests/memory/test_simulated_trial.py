@@ -113,6 +113,7 @@ def test_every_field_of_the_settings_that_moves_bytes_reaches_the_workload(works
         {"checkpointing": True},
         {"attention": "eager"},
         {"loss": "chunked"},
+        {"autocast": True},
         {"vocabulary": 4096},
         {"gpu": "H100-80GB"},
         {"quantisation": "nf4"},
