@@ -91,13 +91,13 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
 
 
 class Params(Section):
-    """`model` is trained in each of `setups`, at each (batch, length) of `points`; the others in the common ones, at the last.
+    """`model` is trained in each of `setups`, at each (batch, length) of `points`; others in the common ones, at a point of theirs.
 
     `gpu` names the card of a CUDA profile, whose workspaces are predicted.
     """
 
     model: str
-    other_models: tuple[str, ...]
+    other_models: dict[str, tuple[Count, Count]]
     setups: tuple[str, ...] = tuple(SETUPS)
     points: tuple[tuple[Count, Count], ...]
     real_models: tuple[str, ...] = ()
@@ -109,7 +109,7 @@ def trials(params: Params, profile: Profile) -> list[TrialSpec]:
     """Each setup measured and predicted; the published ones predicted; the common ones simulated at real scale."""
     specs = []
     cells = [(params.model, name, point) for name in params.setups for point in params.points]
-    cells += [(model, name, params.points[-1]) for model in params.other_models for name in COMMON]
+    cells += [(model, name, point) for model, point in params.other_models.items() for name in COMMON]
     for model, name, (batch, length) in cells:
         setup = {"model": model, "batch": batch, "length": length, **SETUPS[name]}
         cell = f"{model}-{name}-{batch}x{length}"

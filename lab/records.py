@@ -213,10 +213,17 @@ def _module_file(root: Path, name: str) -> Path | None:
 
 
 def meaning(node: object) -> str:
-    """What code does, as text: its syntax tree without docstrings, and without the empty fields by which Pythons differ."""
+    """What code does, as text: its syntax tree without docstrings, as Python 3.11's `ast.dump` writes it.
+
+    Later Pythons have a field more in functions and classes (`type_params`), or leave empty ones out.
+    """
     if isinstance(node, ast.AST):
-        fields = ((name, meaning(value)) for name, value in ast.iter_fields(node))
-        return f"{type(node).__name__}({', '.join(f'{name}={text}' for name, text in fields if text not in ('None', '[]'))})"
+        fields = [
+            f"{name}={meaning(value)}"
+            for name, value in ast.iter_fields(node)
+            if not (value is None and getattr(type(node), name, ...) is None) and (name, value) != ("type_params", [])
+        ]
+        return f"{type(node).__name__}({', '.join(fields)})"
     if isinstance(node, list):
         return f"[{', '.join(meaning(item) for item in node if not _is_text(item))}]"
     return repr(node)
