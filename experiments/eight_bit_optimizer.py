@@ -179,7 +179,7 @@ EXPERIMENT = Experiment(
                 "conditional": "Reserve 2 bytes of state per parameter, 8 for the embedding; add 4 only for fp32 weights.",
                 "refuted": "Do not reserve 6 bytes: no way of counting gives them.",
             },
-            stated={"cpu": "conditional", "full": "conditional"},
+            stated={"cpu": "conditional", "full": "conditional", "sim": "conditional"},
         ),
         Claim(
             id="adamw8bit-matches-adamw",

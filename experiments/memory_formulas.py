@@ -247,7 +247,7 @@ EXPERIMENT = Experiment(
                 "supported": "Multiply parameters by 4 (fp32) or 2 (bf16, fp16); 4-bit models keep a 16-bit embedding.",
                 "refuted": "Count the bytes of your model; the rule does not hold for it.",
             },
-            stated={"cpu": "supported", "full": "supported"},
+            stated={"cpu": "supported", "full": "supported", "sim": "supported"},
         ),
         Claim(
             id="gradients-equal-weights",
@@ -263,7 +263,7 @@ EXPERIMENT = Experiment(
                 "conditional": "Reserve the weights' bytes once more for full fine-tuning; for LoRA only the adapter's.",
                 "refuted": "Measure the gradients of your setup; the rule does not hold.",
             },
-            stated={"cpu": "conditional", "full": "conditional"},
+            stated={"cpu": "conditional", "full": "conditional", "sim": "conditional"},
         ),
         Claim(
             id="adamw-12-bytes",
@@ -279,7 +279,7 @@ EXPERIMENT = Experiment(
                 "conditional": "Reserve 12 bytes with fp32 master weights, 8 with fp32 or autocast, 4 in pure bf16.",
                 "refuted": "Do not reserve 12 bytes: no common regime holds them.",
             },
-            stated={"cpu": "conditional", "full": "conditional"},
+            stated={"cpu": "conditional", "full": "conditional", "sim": "conditional"},
         ),
         Claim(
             id="batch-and-length-drive-activations",
@@ -294,7 +294,7 @@ EXPERIMENT = Experiment(
                 "supported": "Halve the batch to halve activations; for long texts use fused attention, eager grows faster.",
                 "refuted": "Look for what else fills the memory before you shrink the batch.",
             },
-            stated={"cpu": "supported", "full": "supported"},
+            stated={"cpu": "supported", "full": "supported", "sim": "supported"},
         ),
     ),
     plots=(

@@ -158,6 +158,7 @@ EXPERIMENT = Experiment(
                 "conditional": "Load in 4 bits before you rent a larger card: 48 GB hold a model of 70B then.",
                 "refuted": "Load what you like; memory for training is what decides.",
             },
+            stated={"sim": "conditional"},
         ),
         Claim(
             id="qlora-fits-where-lora-does-not",
@@ -173,6 +174,7 @@ EXPERIMENT = Experiment(
                 "conditional": "Try QLoRA when LoRA does not fit, but ask `lab fit`: not every card gains a size.",
                 "refuted": "Do not quantise to make it fit: activations and logits decide.",
             },
+            stated={"sim": "supported"},
         ),
     ),
     plots=(

@@ -289,6 +289,7 @@ EXPERIMENT = Experiment(
                 "conditional": "Add the logits (batch x length x vocabulary, fp32) and the step's temporaries to the four.",
                 "refuted": "Do not add up the four: temporaries and logits decide. Ask `lab fit`.",
             },
+            stated={"cpu": "conditional", "full": "conditional", "sim": "conditional"},
         ),
         Claim(
             id="prediction-matches-measurement",
@@ -304,6 +305,7 @@ EXPERIMENT = Experiment(
                 "conditional": "Ask `lab fit`, and leave room where your setup is among those that it misses.",
                 "refuted": "Measure a few updates before you trust a prediction.",
             },
+            stated={"cpu": "supported", "full": "supported"},
         ),
     ),
     plots=(

@@ -209,7 +209,7 @@ EXPERIMENT = Experiment(
                 "conditional": "Count on a small share from 100M parameters on; P-Tuning's encoder and high ranks are larger.",
                 "refuted": "Count the trainable parameters before you train; they are not few.",
             },
-            stated={"cpu": "conditional", "full": "conditional"},
+            stated={"cpu": "conditional", "full": "conditional", "sim": "supported"},
         ),
         Claim(
             id="peft-saves-memory",
@@ -226,7 +226,7 @@ EXPERIMENT = Experiment(
                 "smaller batch or checkpointing.",
                 "refuted": "Do not expect LoRA to make it fit: shrink batch and length first.",
             },
-            stated={"cpu": "supported", "full": "supported"},
+            stated={"cpu": "conditional", "full": "conditional", "sim": "conditional"},
         ),
     ),
     plots=(
