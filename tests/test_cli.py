@@ -385,7 +385,7 @@ def test_claims_as_json_have_what_the_contract_names(project: Project) -> None:
     answer = project.run("claims", "--json")
     assert (answer.code, answer.err) == (0, "")
     found = json.loads(answer.out)
-    assert [row["claim"] for row in found] == list(discover().claims)
+    assert list(dict.fromkeys(row["claim"] for row in found)) == list(discover().claims)
     for row in found:
         assert {*CONTRACT, "statement", "lecture", "tiers", "controls", "stated"} <= set(row)
         assert (row["profile"], row["verdict"]) == ("smoke", "not run")
@@ -395,11 +395,11 @@ def test_verdicts_as_json_have_what_the_contract_names_even_before_anything_is_m
     answer = project.run("verdicts", "--profile", "smoke", "--json")
     assert (answer.code, answer.err) == (0, "")
     found = json.loads(answer.out)
-    assert [row["claim"] for row in found] == list(discover().claims)
+    assert list(dict.fromkeys(row["claim"] for row in found)) == list(discover().claims)
     for row in found:
         assert set(CONTRACT) <= set(row)
         assert (row["verdict"], row["n"], row["effect"], row["records"]) == ("not run", 0, None, [])
-        assert (row["profile"], row["tier"]) == ("smoke", "cpu")
+        assert (row["profile"], row["tier"]) in (("smoke", "cpu"), ("smoke", "sim"))
 
 
 EXPERIMENT = '''
