@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from itertools import product
 
-from lab.claims import Claim, Evidence, Experiment, Finding, VerdictName
+from lab.claims import Claim, Evidence, Experiment, Finding, VerdictName, over_regimes
 from lab.params import Count, Profile, Section
 from lab.plots import Line, Plot
 from lab.records import Record
@@ -135,7 +135,7 @@ def judge_gradients(evidence: Evidence) -> Finding:
         f"LoRA {min(lora):.3f} to {max(lora):.3f} of the weights; full fine-tuning {min(full):.3f} to {max(full):.3f}; "
         f"between micro-batches {between:.2f}, after the update {after:.0f} bytes (set to none)"
     )
-    return Finding.of(_over_regimes(full, lora, 1.0), span(full), "x weight bytes", because)
+    return Finding.of(_inside_alone(full, lora, 1.0), span(full), "x weight bytes", because)
 
 
 def adapter_control(evidence: Evidence) -> Evidence:
@@ -153,8 +153,7 @@ def _state_per_parameter(record: Record) -> float:
 def judge_adamw(evidence: Evidence) -> Finding:
     """Bytes that the optimizer holds per trainable parameter: moments, and the master copy where there is one."""
     by_regime = {regime: [_state_per_parameter(r) for r in evidence.select(regime)] for regime in REGIMES}
-    yes = [v for values in by_regime.values() for v in values if abs(v / 12 - 1) <= TOLERANCE]
-    no = [v for values in by_regime.values() for v in values if abs(v / 12 - 1) > TOLERANCE]
+    found = [value for values in by_regime.values() for value in values]
     steps = [
         f"{r.setting('step')} {r.figure('step_temporary_bytes') / r.figure('parameters_trainable'):.2f}"
         for r in evidence.select("step")
@@ -163,10 +162,8 @@ def judge_adamw(evidence: Evidence) -> Finding:
         ", ".join(f"{regime} {span(values).estimate:.2f}" for regime, values in by_regime.items())
         + f" bytes per parameter; the step's temporary adds {', '.join(steps)}"
     )
-    verdict: VerdictName = "supported" if not no else "refuted" if not yes else "conditional"
-    return Finding.of(
-        verdict, span([v for values in by_regime.values() for v in values]), "bytes per parameter", because
-    )
+    verdict = over_regimes(abs(value / 12 - 1) <= TOLERANCE for value in found)
+    return Finding.of(verdict, span(found), "bytes per parameter", because)
 
 
 def no_master_control(evidence: Evidence) -> Evidence:
@@ -222,7 +219,7 @@ def activation_lines(evidence: Evidence) -> dict[str, Line]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _over_regimes(inside: list[float], outside: list[float], promised: float) -> VerdictName:
+def _inside_alone(inside: list[float], outside: list[float], promised: float) -> VerdictName:
     """Supported if both groups keep the promise, conditional if the first alone does, refuted if it does not."""
     keeps = [all(abs(value / promised - 1) <= TOLERANCE for value in group) for group in (inside, outside)]
     return "refuted" if not keeps[0] else "supported" if keeps[1] else "conditional"

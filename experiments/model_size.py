@@ -18,7 +18,6 @@ from lab.cards import DRIVER_SHARE, GIB, usable_bytes
 from lab.claims import Claim, Evidence, Experiment, Finding, over_regimes
 from lab.params import Count, Profile, Section
 from lab.plots import Line, Plot
-from lab.records import Record
 from lab.specs import TrialSpec, memory_spec
 from lab.statistics import span
 
@@ -53,10 +52,13 @@ def trials(params: Params, profile: Profile) -> list[TrialSpec]:
     for model in params.models:
         for ways, prefix in ((LOADED, "loaded"), (TRAINED, "trained")):
             for way, settings in ways.items():
-                arm = f"{prefix}-{way.replace(' ', '-')}"
                 setup = {"model": model, "length": params.length, **settings}
-                specs.append(memory_spec(NAME, arm, model, profile.device, sim=True, **setup))
+                specs.append(memory_spec(NAME, _arm(prefix, way), model, profile.device, sim=True, **setup))
     return specs
+
+
+def _arm(prefix: str, way: str) -> str:
+    return f"{prefix}-{way.replace(' ', '-')}"
 
 
 def _room(card: int) -> int:
@@ -78,7 +80,7 @@ def _largest(needs: list[tuple[float, float]], card: int) -> float:
 
 def _table(evidence: Evidence, prefix: str, ways: Mapping[str, Any]) -> dict[str, dict[int, float]]:
     """The largest model in billions, by way and card."""
-    needs = {way: _needs(evidence, f"{prefix}-{way.replace(' ', '-')}") for way in ways}
+    needs = {way: _needs(evidence, _arm(prefix, way)) for way in ways}
     return {way: {card: _largest(need, card) for card in CARDS} for way, need in needs.items()}
 
 
@@ -97,20 +99,17 @@ def judge_limit(evidence: Evidence) -> Finding:
     """On each card, in 16 and in 4 bits: is there a model that cannot be loaded?"""
     table = _table(evidence, "loaded", LOADED)
     largest = max(size for size, _ in _needs(evidence, "loaded-16-bits"))
-    limited = [size < largest for row in table.values() for size in row.values()]
-    verdict = over_regimes(limited)
+    sizes = [size for row in table.values() for size in row.values()]
+    verdict = over_regimes(size < largest for size in sizes)
     trained = _table(evidence, "trained", TRAINED)
     because = f"largest that loads, {_in_words(table)}; largest that trains, {_in_words(trained)}"
-    sizes = [size for row in table.values() for size in row.values()]
     return Finding.of(verdict, span(sizes), "billion parameters load at most", because)
 
 
 def smallest_control(evidence: Evidence) -> Evidence:
     """The smallest model presented as every one: it loads everywhere."""
-    kept: list[Record] = []
-    for arm in ("loaded-16-bits", "loaded-4-bits", *(f"trained-{way}" for way in TRAINED)):
-        kept.append(min(evidence.select(arm), key=lambda r: r.figure("parameters_base")))
-    return Evidence(kept)
+    arms = dict.fromkeys(record.spec.arm for record in evidence.records)
+    return Evidence(min(evidence.select(arm), key=lambda r: r.figure("parameters_base")) for arm in arms)
 
 
 # qlora-fits-where-lora-does-not ---------------------------------------------------------------------------------
@@ -119,10 +118,8 @@ def smallest_control(evidence: Evidence) -> Evidence:
 def judge_qlora(evidence: Evidence) -> Finding:
     """On each card: the largest model that QLoRA trains over the largest that LoRA trains."""
     table = _table(evidence, "trained", TRAINED)
-    both = [card for card in CARDS if table["lora"][card]]
-    larger = [table["qlora"][card] > table["lora"][card] for card in CARDS]
-    verdict = over_regimes(larger)
-    ratios = [table["qlora"][card] / table["lora"][card] for card in both]
+    verdict = over_regimes(table["qlora"][card] > table["lora"][card] for card in CARDS)
+    ratios = [table["qlora"][card] / table["lora"][card] for card in CARDS if table["lora"][card]]
     return Finding.of(verdict, span(ratios), "x the parameters that LoRA trains", _in_words(table))
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
+from lab.cards import GIB
 from lab.claims import Claim, Evidence, Experiment, Finding, VerdictName, over_regimes
+from lab.memory.workload import PHASES
 from lab.params import Count, Profile, Section
 from lab.plots import Line, Plot
 from lab.records import Record
@@ -21,7 +23,6 @@ from lab.specs import Simulation, TrialSpec, memory_spec
 from lab.statistics import span
 
 NAME = "peak_memory"
-GIB = 2**30
 
 # As for the other memory rules: finer than any card's free memory is known (see memory_formulas.py).
 LEAST_SHARE = 0.95
@@ -35,7 +36,6 @@ PUBLISHED_MEDIAN, PUBLISHED_MOST = 0.005, 0.03
 
 FOUR = ("weights", "gradients", "optimizer", "activations")
 REST = ("logits", "temporaries", "inputs", "other")
-PHASES = ("forward", "backward", "step")
 
 LORA_BF16 = {"method": "lora", "precision": "bf16"}
 SETUPS: dict[str, dict[str, Any]] = {

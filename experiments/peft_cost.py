@@ -21,6 +21,7 @@ from lab.statistics import span
 
 NAME = "peft_cost"
 METHODS = ("lora", "qlora", "dora", "ia3", "prompt", "prefix", "ptuning")
+COUNTED = ("lora", "dora", "ia3", "prompt", "prefix", "ptuning")  # QLoRA trains what LoRA trains
 RANKED = ("lora", "dora")
 
 # A share that is small: the gradients and AdamW moments of 5 % of the parameters take at most 0.6 bytes per parameter
@@ -59,7 +60,7 @@ def trials(params: Params, profile: Profile) -> list[TrialSpec]:
         def add(arm: str, name: str, **settings: object) -> None:
             specs.append(memory_spec(NAME, arm, name, profile.device, sim, **settings))
 
-        for model, method in product(sizes.count_models, ("full", *METHODS)):
+        for model, method in product(sizes.count_models, ("full", *COUNTED)):
             if method in RANKED:
                 for rank in sizes.count_ranks:
                     options = {"rank": rank}
@@ -71,7 +72,7 @@ def trials(params: Params, profile: Profile) -> list[TrialSpec]:
                         method_options=options,
                         updates=0,
                     )
-            elif method != "qlora":  # it trains what LoRA trains
+            else:
                 add(f"count-{method}", model, model=model, method=method, updates=0)
         for model, (batch, length), method in product(sizes.memory_models, sizes.points, ("full", *METHODS)):
             setup = {"model": model, "batch": batch, "length": length, "precision": sizes.precision}
@@ -89,11 +90,11 @@ def trials(params: Params, profile: Profile) -> list[TrialSpec]:
 
 def judge_few(evidence: Evidence) -> Finding:
     """Trainable parameters over those of the base, and whether the closed form gives the same count."""
-    found = [r for method in METHODS if method != "qlora" for r in evidence.select(f"count-{method}")]
+    found = [r for method in COUNTED for r in evidence.select(f"count-{method}")]
     shares = [_share(r) for r in found]
     wrong = [r.spec.name for r in found if r.figure("parameters_trainable") != r.figures.get("parameters_closed_form")]
     small = [share <= SMALL_SHARE for share in shares]
-    verdict: VerdictName = "refuted" if wrong or not any(small) else "supported" if all(small) else "conditional"
+    verdict: VerdictName = "refuted" if wrong else over_regimes(small)
     stored = evidence.select("count-ptuning")[0]
     because = (
         f"counts differ from the closed form: {', '.join(wrong)}"
@@ -123,9 +124,8 @@ def _by_model(records: list[Record]) -> dict[str, list[Record]]:
 
 def full_counts(evidence: Evidence) -> Evidence:
     """Full fine-tuning presented as every method."""
-    for method in METHODS:
-        if evidence.has(f"count-{method}"):
-            evidence = evidence.replace(f"count-{method}", by="count-full")
+    for method in COUNTED:
+        evidence = evidence.replace(f"count-{method}", by="count-full")
     return evidence
 
 
