@@ -178,18 +178,22 @@ def reusable(record: Record, spec: TrialSpec, code: str, environment: str, input
 
 
 @lru_cache
-def code_fingerprint(root: Path, kind: str) -> str:
-    """A hash of the code that a kind of trial runs: its syntax trees without docstrings, so a comment costs no rerun."""
+def code_fingerprint(root: Path, kind: str, methods: frozenset[str] = frozenset()) -> str:
+    """A hash of the code that a kind of trial runs: its syntax trees without docstrings, so a comment costs no rerun.
+
+    Args:
+        methods: those of the trial; one of the lab's own has its code in a module of its name.
+    """
     digest = hashlib.sha256()
-    for path in numeric_files(root, RUNNERS[kind].split(":")[0]):
+    for path in numeric_files(root, RUNNERS[kind].split(":")[0], *(f"lab.methods.{method}" for method in methods)):
         digest.update(f"{path.name}\n{meaning(ast.parse(path.read_text(encoding='utf-8')))}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def numeric_files(root: Path, module: str) -> list[Path]:
-    """The files of `module` and of all that it imports of the library, at whatever depth, but for DECLARATIONS."""
+def numeric_files(root: Path, *modules: str) -> list[Path]:
+    """The files of the modules and of all that they import of the library, at whatever depth, but for DECLARATIONS."""
     found: dict[str, Path] = {}
-    waiting = [module]
+    waiting = list(modules)
     while waiting:
         name = waiting.pop()
         path = _module_file(root, name)

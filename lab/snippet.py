@@ -117,7 +117,7 @@ def _arguments(w: Workload) -> tuple[str, dict[str, Any]]:
         "per_device_train_batch_size": w.batch,
         "gradient_accumulation_steps": w.accumulation,
         "optim": "adamw_torch_fused" if fused else w.optimizer,
-        "activation_checkpointing": w.checkpointing,
+        "gradient_checkpointing": w.checkpointing,
         "bf16": w.amp == "bf16",
         "fp16": w.amp == "fp16",
     }

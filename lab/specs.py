@@ -28,6 +28,8 @@ class Training(Settings):
     task: str
     method: str = "full"
     method_options: dict[str, Any] = {}
+    examples: Count | None = None
+    """How many rows of the training split there are to learn from; None: all."""
     learning_rate: Rate = 1e-3
     optimizer: str = "adamw_torch"
     precision: Precision = "fp32"
@@ -116,6 +118,13 @@ class TrialSpec(Settings):
         if isinstance(self.settings, Comparison):
             return {self.settings.first.model, self.settings.second.model}
         return {self.settings.model}
+
+    def methods(self) -> frozenset[str]:
+        """The tuning methods that the trial applies."""
+        settings = self.settings
+        return frozenset(
+            {settings.first.method, settings.second.method} if isinstance(settings, Comparison) else {settings.method}
+        )
 
     def digest(self) -> str:
         """A hash of the settings: two trials with one digest are the same trial."""

@@ -175,7 +175,9 @@ class Study:
                 reasons.append(f"{spec.name} is missing")
             elif record.spec != spec:
                 reasons.append(f"{spec.name} was measured with other settings")
-            elif record.provenance.code != records.code_fingerprint(self.workspace.root, spec.settings.kind):
+            elif record.provenance.code != records.code_fingerprint(
+                self.workspace.root, spec.settings.kind, spec.methods()
+            ):
                 reasons.append(f"{spec.name} was measured with other code")
             elif any(shape_fingerprint(m) not in (None, record.provenance.inputs.get(m)) for m in spec.models()):
                 reasons.append(f"{spec.name} was measured on another shape")

@@ -127,7 +127,8 @@ class _Run:
         self.model = apply_method(base, settings.method, settings.method_options)
         self.losses: list[float] = []
         self.seconds = 0.0
-        rows = evaluation.example_rows(self.tokenizer, data.load_task(workspace.data, settings.task, "train"))
+        examples = data.load_task(workspace.data, settings.task, "train")[: settings.examples]
+        rows = evaluation.example_rows(self.tokenizer, examples)
         if settings.lengths == "fixed":
             rows = data.fixed_length(rows, 32)
         self.rows = rows

@@ -140,9 +140,9 @@ class _Pace:
 class Origin:
     """What every record of one run of trials has in common."""
 
+    root: Path
     commit: str
     dirty: bool
-    codes: dict[str, str]
     environment: str
     fingerprints: dict[str, str]
     threads: int
@@ -168,9 +168,9 @@ class Origin:
             prints[f"task {task}"] = records.files_fingerprint(workspace.data, workspace.data.glob(f"{task}-*.jsonl"))
         prints |= _commit_of(workspace.data, "data")
         return cls(
+            workspace.root,
             commit,
             dirty,
-            {kind: records.code_fingerprint(workspace.root, kind) for kind in {spec.settings.kind for spec in specs}},
             read_environment(workspace),
             prints,
             threads,
@@ -180,7 +180,7 @@ class Origin:
 
     def code(self, spec: TrialSpec) -> str:
         """The fingerprint of the code that a trial runs."""
-        return self.codes[spec.settings.kind]
+        return records.code_fingerprint(self.root, spec.settings.kind, spec.methods())
 
     def inputs(self, spec: TrialSpec) -> dict[str, str]:
         """The fingerprints of the files that a trial reads."""

@@ -5,11 +5,11 @@
         subprocess.run([sys.executable, "-c", script], env=os.environ | hub.environment())
 
 The clients read `HF_ENDPOINT` when they are imported, so they run in a process of their own. Served: repository
-information, tree listings, paths-info and files; large files, as on the real hub, by a redirect to a second host
-(here a second port). Left out: uploads, branches and tags other than `main`, listings of more than one page,
-`expand`, the dataset viewer and xet.
+information, tree listings, paths-info and files; large files, as on the real hub, by a redirect to a second host (here
+a second address of the loopback: clients before 2.0 tell hosts apart without the port). Left out: uploads, branches
+and tags other than `main`, listings of more than one page, `expand`, the dataset viewer and xet.
 
-Source: `_http.py`, `hf_api.py`, `file_download.py` of huggingface_hub 2.4; `load.py` of datasets 5.2.
+Source: `_http.py`, `hf_api.py`, `file_download.py` of huggingface_hub 1.33 and 2.4; `load.py` of datasets 5.2.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import pytest
 
 Kind = Literal["model", "dataset"]
+ADDRESSES = {"hub": "127.0.0.1", "cdn": "127.0.0.2"}
 # What a client sends as HF_TOKEN to be let into gated repositories; any other token is an account without access.
 TOKEN = "hf_loopback"
 # The files that go to LFS and are served by redirect: these suffixes, and whatever is larger than 10 MiB.
@@ -93,7 +94,7 @@ class Hub:
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="hub-clients-")
         self._servers = [_Server(self, "hub"), _Server(self, "cdn")]
-        self.url, self.cdn_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        self.url, self.cdn_url = (f"http://{ADDRESSES[s.host]}:{s.server_port}" for s in self._servers)
         for server in self._servers:
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         return self
@@ -112,7 +113,7 @@ class Hub:
         off = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_UPDATE_DOWNLOAD_COUNTS")
         on = ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS")
         switches = dict.fromkeys(off, "0") | dict.fromkeys(on, "1")
-        direct = dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
+        direct = dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(ADDRESSES.values()))
         return {"HF_ENDPOINT": self.url, **direct} | places | account | switches
 
     def commit(self, kind: Kind, repo: str, files: Mapping[str, bytes] | Path) -> str:
@@ -141,7 +142,7 @@ class Hub:
 
 class _Server(ThreadingHTTPServer):
     def __init__(self, hub: Hub, host: str) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__((ADDRESSES[host], 0), _Handler)
         self.hub, self.host = hub, host
 
 

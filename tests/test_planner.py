@@ -718,7 +718,7 @@ def test_a_snippet_runs_and_says_what_was_priced(tmp_path: Path) -> None:
     exec(snippet(workload, str(folder)), names)
     arguments = names["arguments"]
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (3, 2)
-    assert arguments.activation_checkpointing
+    assert arguments.gradient_checkpointing
     assert arguments.optim == "adamw_bnb_8bit"
     model = names["load"]()
     assert (
@@ -784,7 +784,7 @@ def test_a_snippet_is_laid_out_like_the_rest() -> None:
             per_device_train_batch_size=1,
             gradient_accumulation_steps=1,
             optim="adamw_torch",
-            activation_checkpointing=False,
+            gradient_checkpointing=False,
             bf16=False,
             fp16=False,
         )

@@ -167,10 +167,10 @@ def sources(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def fingerprint(root: Path, kind: str = "training") -> str:
+def fingerprint(root: Path, kind: str = "training", *methods: str) -> str:
     records.code_fingerprint.cache_clear()
     try:
-        return records.code_fingerprint(root, kind)
+        return records.code_fingerprint(root, kind, frozenset(methods))
     finally:
         records.code_fingerprint.cache_clear()
 
@@ -179,6 +179,16 @@ def edit(path: Path, before: str, after: str) -> None:
     text = path.read_text()
     assert before in text
     path.write_text(text.replace(before, after, 1))
+
+
+def test_a_method_of_the_lab_s_own_is_code_of_its_trials_alone(sources: Path) -> None:
+    path = sources / "lab" / "methods" / "own.py"
+    path.write_text("WIDTH = 1\n")
+    others, own = fingerprint(sources, "training", "lora"), fingerprint(sources, "training", "own")
+    assert others == fingerprint(sources) != own
+    path.write_text("WIDTH = 2\n")
+    assert fingerprint(sources, "training", "lora") == others
+    assert fingerprint(sources, "training", "own") != own
 
 
 def test_a_comment_a_docstring_or_an_empty_line_costs_no_rerun(sources: Path) -> None:

@@ -201,7 +201,7 @@ def rehearse(
 @contextlib.contextmanager
 def _shadows(device: str) -> Iterator[None]:
     from torch import _meta_registrations as registered
-    from transformers import masking_utils
+    from transformers import PreTrainedModel, masking_utils
 
     from lab.memory.shadows import ShadowMode
 
@@ -212,8 +212,9 @@ def _shadows(device: str) -> Iterator[None]:
         return of_bf16(a.to(torch.bfloat16), b.to(torch.bfloat16), *scales, **options).to(a.dtype)
 
     with contextlib.ExitStack() as stack:
-        # transformers looks at the positions' values to find packed sequences; here there are none.
+        # transformers looks at positions to find packed sequences, and at tokens to find padding; here there is neither.
         stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None))
+        stack.enter_context(patch.object(PreTrainedModel, "warn_if_padding_and_no_attention_mask", lambda *_: None))
         if of_bf16:
             stack.enter_context(patch.object(registered, "_meta_grouped_mm_common", of_all))
         stack.enter_context(ShadowMode(device))
@@ -247,7 +248,9 @@ def build(workload: Workload, config: Mapping[str, Any]) -> nn.Module:
                 if parameter.requires_grad and "lora_magnitude_vector" not in name:
                     parameter.data = parameter.data.to(torch.bfloat16)
     if workload.checkpointing:
-        model.activation_checkpointing_enable()
+        # The second name is that of transformers before 5.20, and an alias since.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model.train()
 
 

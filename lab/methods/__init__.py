@@ -1,5 +1,8 @@
 """The tuning methods: one table of names. PEFT supplies what it has; a file here is only for what it lacks.
 
+A method of the lab's own has its code in the module of its name, with `apply` and `parameters`, imported when it is asked
+for: so that only trials of that method depend on it (`lab.records.code_fingerprint`).
+
 A method turns a model into one whose trainable parameters are those that the method trains. Its options are a closed
 pydantic class, so that an option which a method has not is an error that names those which it has.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,8 +26,8 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 """Every linear layer of a Llama-shaped decoder layer; where LoRA does best (Biderman et al. 2024, section 5)."""
 
 
-ADDED = ("lora_", "ia3_", "prompt_encoder.")
-"""What PEFT has in the names of the parameters that it adds."""
+ADDED = ("lora_", "ia3_", "prompt_encoder.", "mora_", "bottleneck_")
+"""What the parameters that a method adds have in their names."""
 
 
 class Options(BaseModel):
@@ -79,6 +83,28 @@ class PtuningOptions(PromptOptions):
     encoder: Literal["mlp", "lstm"] = "mlp"
     encoder_hidden_size: Count | None = None
     """Width of the encoder; None: that of the model."""
+
+
+class MoraOptions(Options):
+    """High-rank updating by a square matrix (Jiang et al. 2024)."""
+
+    rank: Count = 8
+    """Of the LoRA whose number of parameters the square matrix gets."""
+    operator: Literal[1, 2, 3, 4, 6] = 6
+    """How inputs are compressed and outputs decompressed: sharing (1), groups (2, 3, 4) or rotary groups (6)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: tuple[str, ...] = Field(default=ALL_LINEAR, min_length=1)
+
+
+class AdapterOptions(Options):
+    """Bottleneck adapters: small modules between the layers."""
+
+    placement: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
+    """After attention and feed-forward (Houlsby et al. 2019), after the feed-forward (Pfeiffer et al. 2021), or beside
+    it (He et al. 2022)."""
+    reduction_factor: Count = 16
+    """The model's width over the bottleneck's."""
+    activation: Literal["relu", "gelu", "silu"] = "relu"
 
 
 @dataclass(frozen=True)
@@ -163,6 +189,15 @@ def _ptuning(model: Module, options: PtuningOptions) -> Module:
     return get_peft_model(model, config)
 
 
+def _own(name: str, options: type[Options]) -> Method:
+    """A method of the lab's own, from the module of its name."""
+
+    def call(function: str) -> Callable[[Any, Any], Any]:
+        return lambda *arguments: getattr(import_module(f"lab.methods.{name}"), function)(*arguments)
+
+    return Method(options, call("apply"), call("parameters"))
+
+
 METHODS: dict[str, Method] = {
     "full": Method(FullOptions, _full),
     "lora": Method(LoraOptions, _lora, lambda config, options: lora_parameters(config, options.rank, options.targets)),
@@ -177,6 +212,8 @@ METHODS: dict[str, Method] = {
     "prompt": Method(PromptOptions, _prompt, lambda config, options: options.virtual_tokens * config.hidden_size),
     "prefix": Method(PrefixOptions, _prefix, lambda config, options: prefix_parameters(config, options)),
     "ptuning": Method(PtuningOptions, _ptuning, lambda config, options: ptuning_parameters(config, options)),
+    "mora": _own("mora", MoraOptions),
+    "adapter": _own("adapter", AdapterOptions),
 }
 
 
