@@ -53,6 +53,13 @@ def fit(
         str | None, _option("Of prefix, ptuning. Default: the model's.", metavar="N")
     ] = None,
     projection: Annotated[bool | None, _option("Prefix tuning through an MLP.", "--projection")] = None,
+    operator: Annotated[int | None, _option("MoRA's: 1, 2, 3, 4 or 6 (the default).", metavar="N")] = None,
+    placement: Annotated[
+        str | None, _option("Of adapters: houlsby, pfeiffer (the default), parallel.", metavar="KIND")
+    ] = None,
+    reduction_factor: Annotated[
+        str | None, _option("Of adapters: width over bottleneck. Default 16.", metavar="N")
+    ] = None,
     dtype: Annotated[str | None, _option("Of the weights: fp32, bf16 (the default), fp16.", metavar="TYPE")] = None,
     amp: Annotated[str | None, _option("Autocast to bf16 or fp16. Default: none.", metavar="TYPE")] = None,
     quantisation: Annotated[str | None, _option("Of the base: nf4 or int8. Default: none.", metavar="KIND")] = None,
@@ -216,7 +223,7 @@ def _console() -> Console:
 
 def describe(name: str, w: Workload, swept: bool = False) -> str:
     """The workload in one line, without its size where that is `swept`."""
-    rank = f" rank {w.rank}" if w.method in ("lora", "qlora", "dora") else ""
+    rank = f" rank {w.rank}" if w.method in ("lora", "qlora", "dora", "mora") else ""
     base = f" on {w.held_as}" + (" with double quantisation" if w.double_quantisation else "") if w.held_as else ""
     size = f"{w.batch} x {w.length:,} tokens" + (f" x {w.accumulation}" if w.accumulation > 1 else "")
     card = w.gpu or (f"a card of {w.vram_gib:g} GiB" if w.vram_gib else "")

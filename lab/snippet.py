@@ -17,7 +17,8 @@ def snippet(workload: Workload, name: str) -> str:
     w = workload
     adapter = None if w.inference else _adapter(w)
     trainer, arguments = ("", {}) if w.inference else _arguments(w)
-    peft = [adapter[0], "get_peft_model"] if adapter else []
+    own = [f"from lab.methods.{w.method} import {adapter[0]}"] if adapter and w.method in OWN else []
+    peft = [*([] if own else [adapter[0]]), "get_peft_model"] if adapter else []
     peft += ["prepare_model_for_kbit_training"] if w.preparation == "kbit" else []
     bits = ["BitsAndBytesConfig"] if w.held_as else []
     names = sorted(["AutoModelForCausalLM", *bits, *([trainer] if trainer == "TrainingArguments" else [])])
@@ -28,6 +29,7 @@ def snippet(workload: Workload, name: str) -> str:
         loading["quantization_config"] = _Code(_call("BitsAndBytesConfig", _quantisation(w), 8))
     lines = [
         "import torch",
+        *own,
         *([f"from peft import {', '.join(sorted(peft))}"] if peft else []),
         *imports,
         "",
@@ -54,6 +56,10 @@ def snippet(workload: Workload, name: str) -> str:
         lines.append("# The shifted fp32 copy of the logits is that of transformers before 4.50.")
     lines.append(f"arguments = {_call(trainer, arguments)}")
     return "\n".join(lines) + "\n"
+
+
+OWN = ("mora", "adapter")
+"""The methods that PEFT has not, and the lab adds to it."""
 
 
 class _Code(str):
@@ -99,6 +105,12 @@ def _adapter(w: Workload) -> tuple[str, dict[str, Any]] | None:
         case "ia3":
             feedforward = list(options["feedforward"])
             return "IA3Config", {**common, "target_modules": targets, "feedforward_modules": feedforward}
+        case "mora":
+            ranks = {"r": w.rank, "operator": w.operator, "dropout": w.dropout, "target_modules": targets}
+            return "MoraConfig", {**common, **ranks}
+        case "adapter":
+            width = {"placement": w.placement, "reduction_factor": w.reduction_factor}
+            return "BottleneckConfig", {**common, **width}
         case "prompt":
             return "PromptTuningConfig", {**common, "num_virtual_tokens": w.virtual_tokens}
         case "prefix":

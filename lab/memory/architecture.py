@@ -367,7 +367,7 @@ class Architecture:
         Raises:
             LabError: PEFT has no choice for IA3 with this kind of model.
         """
-        if method in ("lora", "qlora", "dora"):
+        if method in ("lora", "qlora", "dora", "mora"):
             modules = (*self.attention, *self.feed_forward, *self.shared)
             fused = EXPERT_TARGETS if self.kind in FUSED else ()
             return tuple(dict.fromkeys(m.name for m in modules if m.outputs > 1 and m.name not in fused))

@@ -35,6 +35,7 @@ from lab.memory.workload import (
     BYTES,
     PARTS,
     PHASES,
+    TARGETED,
     Dtype,
     Prediction,
     Workload,
@@ -47,6 +48,7 @@ from lab.memory.workload import (
     targets_of,
     workspace_bytes,
 )
+from lab.methods.sizes import bottleneck_width, mora_side
 
 FP32 = 4
 EMBEDDED = ("prompt", "ptuning")
@@ -131,9 +133,18 @@ class Setup:
     @cached_property
     def adapted(self) -> frozenset[Linear]:
         """The linear modules that have an adapter."""
-        if self.workload.method not in ("lora", "qlora", "dora", "ia3"):
+        if self.workload.method not in TARGETED:
             return frozenset()
         return frozenset(module for target in targets_of(self.workload) for module in self.shape.matching(target))
+
+    def side(self, module: Linear) -> int:
+        """Of MoRA's square matrix beside the module."""
+        return mora_side(module.inputs, module.outputs, self.workload.rank, self.workload.operator)
+
+    @cached_property
+    def bottleneck(self) -> int:
+        """Width of an adapter's bottleneck."""
+        return bottleneck_width(self.shape.hidden, self.workload.reduction_factor)
 
     @cached_property
     def flows(self) -> bool:
@@ -262,6 +273,11 @@ def added_parameters(s: Setup) -> list[Parameter]:
                 if workload.method == "dora":
                     found.append(Parameter(0, m.outputs, FP32, m.copies))
             return found
+        case "mora":
+            return [Parameter(s.side(m), s.side(m), size, m.copies) for m in s.adapted]
+        case "adapter":
+            places = shape.layers * (2 if workload.placement == "houlsby" else 1)
+            return [replace(p, copies=places) for p in _dense((hidden, s.bottleneck, hidden), size)]
         case "ia3":
             return [Parameter(1, m.inputs if m.feedforward else m.outputs, size, m.copies) for m in s.adapted]
         case "prompt":
@@ -639,7 +655,57 @@ def ia3(s: Setup, base: Stage, m: Linear, given: int, kept: bool = False) -> Sta
     )
 
 
-ADAPTERS = {"lora": lora, "qlora": lora, "dora": dora, "ia3": ia3}
+def mora(s: Setup, base: Stage, m: Linear, given: int, kept: bool = False) -> Stage:
+    """x W + decompress(M compress(x)), M of side n.
+
+    Rotary: the groups of x, turned, are kept (4 in), and are made from three tensors as wide; the others keep a sum of
+    n (4 n). Forward holds what M makes, and its sum with x W in fp32 and in the output's type.
+
+    Source: lab/methods/mora.py.
+    """
+    side, low, rotary = s.side(m), s.low, s.workload.operator == 6
+    wide = -(-m.inputs // side) * side
+    short = wide if rotary else side
+    x = s.of(m.inputs, s.adapter) if given != s.adapter else 0
+    mask = s.of(m.inputs, 1) if s.workload.dropout else 0
+    turned = s.of(short, s.adapter)
+    kept_input = s.of(short, low) if low != s.adapter or rotary else turned
+    weight = s.allocated(side**2 * 2) if s.workload.amp else 0
+    made, added = s.of(max(short, m.outputs), low), s.of(m.outputs, max(low, s.product_of(m, given)))
+    gathered = s.of(wide, s.adapter)
+    return replace(
+        base,
+        kept=base.kept + mask + kept_input + weight,
+        forward=base.forward + max(x + 3 * gathered if rotary else x + gathered, made + added),
+        backward=max(base.backward + s.of(m.inputs, given), 2 * s.of(m.outputs, low) + made, 3 * gathered + x),
+        gradients=base.gradients + s.allocated(side**2 * s.adapter),
+        pending=added,
+    )
+
+
+ADAPTERS = {"lora": lora, "qlora": lora, "dora": dora, "ia3": ia3, "mora": mora}
+
+
+def bottleneck(s: Setup) -> Stage:
+    """h + W2 relu(W1 h), after a sublayer or beside it (Houlsby et al. 2019). Keeps h in the adapter's type (4 h) and
+    the bottleneck (4 h / factor). Forward holds W2's product, its copy in the hidden states' type and the sum.
+
+    Source: lab/methods/adapter.py.
+    """
+    hidden, narrow, low = s.shape.hidden, s.bottleneck, s.low
+    wide, stream = s.of(hidden, low), s.of(hidden, s.stream)
+    recast = s.of(hidden, s.adapter) if s.stream != s.adapter else 0
+    cast = 2 * s.allocated(2 * hidden * narrow) if s.workload.amp else 0
+    own = wide if low != s.stream or s.workload.placement != "parallel" else 0
+    return Stage(
+        "adapter",
+        kept=own + s.of(narrow, low) + cast,
+        forward=recast * (low != s.adapter) + wide + 2 * stream,
+        backward=wide + s.of(narrow, low) + recast + stream,
+        gradients=2 * s.allocated(hidden * narrow * s.adapter)
+        + s.allocated(narrow * s.adapter)
+        + s.allocated(hidden * s.adapter),
+    )
 
 
 def linear(s: Setup, m: Linear, given: int, kept: bool = False) -> Stage:
@@ -901,17 +967,23 @@ def layer_stages(s: Setup, layer: int) -> list[Stage]:
     its gradient.
     """
     shape, h = s.shape, s.shape.hidden
+    adapters = [bottleneck(s)] if s.workload.method == "adapter" else []
+    early = adapters if s.workload.placement == "houlsby" else []
     dropped = residual_dropout(s)
     after = [norm(s, h)] if shape.norms == 4 else []
     inner = (*experts(s), *_shared_expert(s)) if shape.sparse[layer] else feed_forward(s, shape.feed_forward)
-    first = [norm(s, h), *attention(s, layer), *after, *dropped]
-    second = [*([norm(s, h)] if shape.norms > 1 else []), *inner, *after, *dropped]
+    first = [norm(s, h), *attention(s, layer), *early, *after, *dropped]
+    second = [*([norm(s, h)] if shape.norms > 1 else []), *inner, *adapters, *after, *dropped]
     gradient, x = s.of(h, s.stream), s.of(h, s.stream)
     alive = 0 if s.stream == FP32 or shape.layer_norm else s.of(h, s.stream)
-    return [
+    stages = [
         *(stage.beside(forward=alive + x, backward=gradient) for stage in first),
         *(stage.beside(forward=2 * alive + x, backward=gradient) for stage in second),
     ]
+    if adapters and layer == 0:  # nothing before the first adapter needs a gradient
+        passed = [stage.name for stage in stages].index("adapter")
+        stages[:passed] = [Stage(stage.name, forward=stage.kept + stage.forward) for stage in stages[:passed]]
+    return stages
 
 
 def _shared_expert(s: Setup) -> list[Stage]:
@@ -1122,12 +1194,14 @@ class Layer:
 
 def row_of_layers(s: Setup) -> list[Layer]:
     """The decoder layers; those that are alike are computed once."""
-    found: dict[tuple[bool, bool], Layer] = {}
+    found: dict[tuple[bool, bool, bool], Layer] = {}
+    row = []
     for number, sparse in enumerate(s.shape.sparse):
-        kind = (sparse, s.slides(number))
+        kind = (sparse, s.slides(number), number == 0)
         if kind not in found:
             found[kind] = walk_through(s, layer_stages(s, number))
-    return [found[sparse, s.slides(number)] for number, sparse in enumerate(s.shape.sparse)]
+        row.append(found[kind])
+    return row
 
 
 def walk_through(s: Setup, stages: Sequence[Stage]) -> Layer:

@@ -24,6 +24,10 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of one element."""
 
 
+TARGETED = ("lora", "qlora", "dora", "ia3", "mora")
+"""The methods that go to linear modules."""
+
+
 class Workload(BaseModel):
     """One training setup, priced for one device. The names and defaults are those of `lab fit --spec`.
 
@@ -34,7 +38,7 @@ class Workload(BaseModel):
 
     config: dict[str, Any]
     """As in a config.json."""
-    method: Literal["full", "lora", "qlora", "dora", "ia3", "prompt", "prefix", "ptuning"] = "full"
+    method: Literal["full", "lora", "qlora", "dora", "ia3", "prompt", "prefix", "ptuning", "mora", "adapter"] = "full"
     rank: Count = 16
     alpha: Count = 16
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -42,6 +46,9 @@ class Workload(BaseModel):
     virtual_tokens: Count = 20
     encoder_hidden_size: Count | None = None
     projection: bool = False
+    operator: Literal[1, 2, 3, 4, 6] = 6
+    placement: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
+    reduction_factor: Count = 16
     dtype: Dtype = "bf16"
     amp: Literal["bf16", "fp16"] | None = None
     quantisation: Literal["nf4", "int8"] | None = None
@@ -143,9 +150,9 @@ def check(workload: Workload) -> None:
             "preparation: IA3 on a quantised 16-bit base gives attention mixed types and does not run in PEFT 0.21. "
             "Choose preparation kbit, or amp bf16."
         )
-    if workload.method in ("lora", "qlora", "dora", "ia3"):
+    if workload.method in TARGETED:
         modules = [m for target in targets_of(workload) for m in shape.matching(target)]
-        if workload.method != "ia3":
+        if workload.method not in ("ia3", "mora"):
             narrow = min(modules, key=lambda m: min(m.inputs, m.outputs))
             if workload.rank > min(narrow.inputs, narrow.outputs):
                 raise LabError(
@@ -202,6 +209,11 @@ def method_options(workload: Workload) -> dict[str, Any]:
             shape, targets = Architecture.of(workload.config), targets_of(workload)
             inner = tuple(t for t in targets if all(m.feedforward for m in shape.matching(t)))
             return {"targets": targets, "feedforward": inner}
+        case "mora":
+            scale = {"rank": workload.rank, "operator": workload.operator, "dropout": workload.dropout}
+            return {**scale, "targets": targets_of(workload)}
+        case "adapter":
+            return {"placement": workload.placement, "reduction_factor": workload.reduction_factor}
         case "prompt":
             return tokens
         case "prefix":

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lab.errors import LabError
 from lab.methods import AdapterOptions
 from lab.methods.registration import register
+from lab.methods.sizes import bottleneck_width
 
 ATTENTION, FEED_FORWARD = ("self_attn", "attn"), ("mlp",)
 """What the decoder families of transformers call the two sublayers of a layer."""
@@ -39,14 +40,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def width(hidden: int, reduction_factor: int) -> int:
-    """Of the bottleneck."""
-    return max(1, hidden // reduction_factor)
-
-
 def parameters(config: Any, options: AdapterOptions) -> int:
     """The closed form: two projections with their biases, in one or two places of every layer."""
-    hidden, narrow = config.hidden_size, width(config.hidden_size, options.reduction_factor)
+    hidden, narrow = config.hidden_size, bottleneck_width(config.hidden_size, options.reduction_factor)
     places = 2 if options.placement == "houlsby" else 1
     return int(config.num_hidden_layers * places * (2 * hidden * narrow + narrow + hidden))
 
@@ -58,8 +54,7 @@ def apply(model: Any, options: AdapterOptions) -> Any:
         LabError: it has no sublayers of the names that are known.
     """
     known = PLACES[options.placement]
-    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()} & set(known)
-    if not present:
+    if not {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()} & set(known):
         raise LabError(
             f"adapter: {type(model).__name__} has no sublayer called {', '.join(known)}. Choose a method that names its targets."
         )
@@ -68,7 +63,6 @@ def apply(model: Any, options: AdapterOptions) -> Any:
         placement=options.placement,
         reduction_factor=options.reduction_factor,
         activation=options.activation,
-        target_modules=sorted(present),
     )
     return get_peft_model(model, config)
 
@@ -85,8 +79,7 @@ class BottleneckConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = "BOTTLENECK"
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
+        self.target_modules = set(self.target_modules or PLACES[self.placement])
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
@@ -123,7 +116,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
         """Add an adapter, or begin one anew."""
-        narrow = width(self.hidden, config.reduction_factor)
+        narrow = bottleneck_width(self.hidden, config.reduction_factor)
         down, up = nn.Linear(self.hidden, narrow), nn.Linear(narrow, self.hidden)
         for start in (down.bias, up.weight, up.bias):
             nn.init.zeros_(start)

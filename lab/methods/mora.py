@@ -20,7 +20,6 @@ Source: the paper's section 4 and appendix, whose operators have these numbers i
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from lab.errors import LabError
 from lab.methods import MoraOptions, widths
 from lab.methods.registration import register
+from lab.methods.sizes import mora_side
 
 SHARED, GROUPED, ROTARY = "shared", "grouped", "rotary"
 OPERATORS = {
@@ -46,18 +46,12 @@ OPERATORS = {
 """How inputs are compressed and outputs decompressed."""
 
 
-def side(inputs: int, outputs: int, rank: int, operator: int) -> int:
-    """The side of the square matrix that has about as many parameters as LoRA of that rank; even where pairs are turned."""
-    nearest = int(math.sqrt((inputs + outputs) * rank) + 0.5)
-    return max(2, nearest // 2 * 2) if operator == 6 else max(1, nearest)
-
-
 def parameters(config: Any, options: MoraOptions) -> int:
     """The closed form: the squared side of each target in every layer; the head is there once."""
     sizes = widths(config)
     return sum(
         (1 if target == "lm_head" else config.num_hidden_layers)
-        * side(*sizes[target], options.rank, options.operator) ** 2
+        * mora_side(*sizes[target], options.rank, options.operator) ** 2
         for target in options.targets
     )
 
@@ -115,7 +109,7 @@ class MoraLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: MoraConfig) -> None:
         """Add an adapter, or begin one anew."""
-        width = side(self.in_features, self.out_features, config.r, config.operator)
+        width = mora_side(self.in_features, self.out_features, config.r, config.operator)
         self.mora_operator[adapter_name] = config.operator
         self.mora_dropout[adapter_name] = nn.Dropout(config.dropout)
         self.mora_matrix[adapter_name] = nn.Parameter(torch.zeros(width, width))

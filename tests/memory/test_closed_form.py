@@ -141,9 +141,9 @@ def test_a_sliding_layer_caches_its_window_alone() -> None:
     assert kv_cache_bytes(mistral, 1, 8192) == kv_cache_bytes(mistral, 1, 4096)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "prompt", "prefix", "ptuning"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "prompt", "prefix", "ptuning", "mora", "adapter"])
 def test_trainable_parameters_are_those_of_the_closed_forms_of_the_methods(method: str) -> None:
-    options: dict[str, Any] = {"rank": 4} if method in ("lora", "dora") else {}
+    options: dict[str, Any] = {"rank": 4} if method in ("lora", "dora", "mora") else {}
     found = predict(Workload(config=SMALL, method=method, **options))
     options |= {"virtual_tokens": 20} if method in ("prompt", "prefix", "ptuning") else {}
     assert found.parameters["trainable"] == methods.closed_form(SimpleNamespace(**SMALL), method, options)
@@ -154,7 +154,7 @@ def test_trainable_parameters_are_those_of_the_closed_forms_of_the_methods(metho
 ARITHMETIC = settings(max_examples=60, deadline=None)
 SETUPS = st.fixed_dictionaries(
     {
-        "method": st.sampled_from(("full", "lora", "qlora", "dora", "ia3", "prompt", "ptuning")),
+        "method": st.sampled_from(("full", "lora", "qlora", "dora", "ia3", "prompt", "ptuning", "mora", "adapter")),
         "dtype": st.sampled_from(("bf16", "fp32")),
         "checkpointing": st.booleans(),
         "attention": st.sampled_from(("flash_attention_2", "sdpa", "eager")),
@@ -375,7 +375,7 @@ def test_a_prediction_imports_neither_torch_nor_transformers() -> None:
     import sys
     from lab.memory.closed_form import predict
     from lab.memory.workload import Workload
-    for method in ("full", "qlora", "dora", "ptuning"):
+    for method in ("full", "qlora", "dora", "ptuning", "mora", "adapter"):
         predict(Workload(config={SMALL!r}, method=method))
     print(sorted(name for name in ("torch", "transformers", "peft", "numpy", "bitsandbytes") if name in sys.modules))
     """

@@ -46,7 +46,7 @@ def totals(seen: Rehearsal) -> dict[Any, int]:
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     kind=st.sampled_from(["llama", "mistral", "qwen2", "qwen3", "granite", "phi3"]),
-    method=st.sampled_from(["full", "lora", "dora", "ia3", "prompt", "prefix", "ptuning"]),
+    method=st.sampled_from(["full", "lora", "dora", "ia3", "prompt", "prefix", "ptuning", "mora", "adapter"]),
     precision=st.sampled_from([("fp32", None), ("bf16", None), ("fp32", "bf16")]),
     optimizer=st.sampled_from([("adamw_torch", s) for s in ("foreach", "fused", "for-loop")] + [("sgd", None)]),
     batch=st.integers(1, 3),
@@ -70,7 +70,7 @@ def test_the_simulation_equals_the_ledger_on_real_tensors(
         shape={"model_type": kind, "pad_token_id": 0},
         method=method,
         targets=["qkv_proj", "down_proj"]
-        if kind == "phi3" and method in ("lora", "dora", "ia3")
+        if kind == "phi3" and method in ("lora", "dora", "ia3", "mora")
         else ["k_proj", "v_proj", "down_proj"]
         if method == "ia3"
         else None,
@@ -103,6 +103,10 @@ def test_the_simulation_equals_the_ledger_on_real_tensors(
             {"method": "prefix", "dtype": "fp32", "projection": True},
         ),
         ({"model_type": "gemma2", "head_dim": 16, "sliding_window": 8}, {"method": "ptuning"}),
+        ({"model_type": "gemma2", "head_dim": 16, "sliding_window": 8}, {"method": "adapter", "placement": "houlsby"}),
+        ({"model_type": "gpt2", "num_key_value_heads": 4}, {"method": "mora", "operator": 2, "dtype": "fp32"}),
+        ({"model_type": "mixtral", "num_local_experts": 4}, {"method": "adapter", "placement": "parallel"}),
+        ({"model_type": "llama"}, {"method": "mora", "quantisation": "nf4", "preparation": "kbit"}),
         ({"model_type": "gemma3_text", "head_dim": 16, "num_hidden_layers": 7}, {"checkpointing": True}),
     ],
     ids=str,

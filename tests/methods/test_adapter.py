@@ -104,7 +104,8 @@ def test_the_output_is_that_of_hooks_on_the_base(family: str, placement: str, ac
         def add(_: Any, args: Any, kwargs: Any, output: Any) -> Any:
             hidden = output[0] if isinstance(output, tuple) else output
             seen = (args[0] if args else kwargs["hidden_states"]) if placement == "parallel" else hidden
-            down, up = adapted.bottleneck_down["default"], adapted.bottleneck_up["default"]
+            down: Any = adapted.bottleneck_down["default"]
+            up: Any = adapted.bottleneck_up["default"]
             narrow = ACTIVATIONS[activation](seen @ down.weight.T + down.bias)
             hidden = hidden + narrow @ up.weight.T + up.bias
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

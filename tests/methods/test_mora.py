@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from lab.errors import LabError
 from lab.methods import MoraOptions, apply_method, closed_form, count_parameters
-from lab.methods.mora import OPERATORS, MoraConfig, MoraLayer, side
+from lab.methods.mora import OPERATORS, MoraConfig, MoraLayer
+from lab.methods.sizes import mora_side
 
 LLAMA = LlamaConfig(
     hidden_size=32,
@@ -139,14 +140,14 @@ def test_the_weight_changes_by_a_rank_far_above_that_of_lora(operator: int) -> N
     made = layer(64, 64, rank, operator)
     singular = torch.linalg.svdvals(made.get_delta_weight("default"))
     found = int((singular > 1e-9 * singular[0]).sum())
-    assert found == side(64, 64, rank, operator) if operator != 6 else found > side(64, 64, rank, operator)
+    assert found == mora_side(64, 64, rank, operator) if operator != 6 else found > mora_side(64, 64, rank, operator)
     assert found >= 5 * rank
 
 
-def test_the_matrix_has_the_parameters_of_lora_but_for_the_rounding_of_its_side() -> None:
+def test_the_matrix_has_the_parameters_of_lora_but_for_the_rounding_of_its_mora_side() -> None:
     for inputs, outputs, rank in ((4096, 4096, 8), (4096, 11008, 16), (576, 1536, 8)):
         for operator in OPERATORS:
-            width, budget = side(inputs, outputs, rank, operator), rank * (inputs + outputs)
+            width, budget = mora_side(inputs, outputs, rank, operator), rank * (inputs + outputs)
             assert abs(width**2 - budget) <= (2 if operator == 6 else 1) * (2 * width + 1)
 
 
