@@ -20,9 +20,9 @@ from lab.specs import Precision, TrialSpec, memory_spec
 from lab.statistics import span
 
 NAME = "peft_cost"
-METHODS = ("lora", "qlora", "dora", "ia3", "prompt", "prefix", "ptuning")
-COUNTED = ("lora", "dora", "ia3", "prompt", "prefix", "ptuning")  # QLoRA trains what LoRA trains
-RANKED = ("lora", "dora")
+METHODS = ("lora", "qlora", "dora", "mora", "ia3", "adapter", "prompt", "prefix", "ptuning")
+COUNTED = tuple(method for method in METHODS if method != "qlora")  # which trains what LoRA trains
+RANKED = ("lora", "dora", "mora")
 
 # A share that is small: the gradients and AdamW moments of 5 % of the parameters take at most 0.6 bytes per parameter
 # of the base in fp32 (0.05 x 12), under a third of its weights in bf16, so that the base alone decides what fits.
@@ -201,7 +201,7 @@ EXPERIMENT = Experiment(
             lecture="3",
             tiers=("sim", "cpu"),
             threshold=f"at most {SMALL_SHARE:.0%} of the base's parameters, and exactly as many as the closed form says",
-            scope="every method with its defaults, LoRA and DoRA on all linear layers; count, no draw: span over all",
+            scope="every method with its defaults, LoRA and its kin on all linear layers; count, no draw: span over all",
             judge=judge_few,
             controls={"full fine-tuning as every method": full_counts},
             advice={
