@@ -12,6 +12,7 @@ from lab.workspace import Workspace
 RUNNERS = {
     "training": "lab.training:train",
     "comparison": "lab.training:compare",
+    "structure": "lab.structure:examine",
     "memory": "lab.memory.trial:measure_memory",
     "simulation": "lab.memory.simulated_trial:simulate_memory",
 }

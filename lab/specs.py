@@ -48,6 +48,13 @@ class Training(Settings):
     device: Literal["cpu", "cuda"] = "cpu"
 
 
+class Structure(Training):
+    """A few updates of a method, and what it is made of, moves and can do."""
+
+    kind: Literal["structure"] = "structure"  # type: ignore[assignment]
+    evaluations: int = 0
+
+
 class Comparison(Settings):
     """Two runs from the same weights, in one process: how far apart do their parameters and losses end?"""
 
@@ -111,7 +118,7 @@ class TrialSpec(Settings):
     """Processor threads. Trials run side by side while the profile's threads last; a trial that is timed takes all."""
     tier: Literal["sim"] | None = None
     """`sim` if this is evidence for the sim tier; None: for the tier of the profile's device."""
-    settings: Annotated[Training | Comparison | Memory | Simulation, Field(discriminator="kind")]
+    settings: Annotated[Training | Structure | Comparison | Memory | Simulation, Field(discriminator="kind")]
 
     def models(self) -> set[str]:
         """The prepared models that the trial reads."""
