@@ -290,6 +290,7 @@ def _claim(id: str, statement: str, threshold: str, judge: Any, controls: Any, a
         judge=judge,
         controls=controls,
         advice={"supported": advice, "conditional": otherwise, "refuted": otherwise},
+        stated={"cpu": "supported", "full": "supported"},
         **{
             "tiers": ("cpu",),
             "scope": "tiny after some updates, PEFT and the lab's own; every seed and variant",

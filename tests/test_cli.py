@@ -193,7 +193,7 @@ NAMES: list[tuple[tuple[str, ...], Any, str]] = [
     (
         (*TINY, "methods", "lroa"),
         {"learning_rates": [1e-3]},
-        "unknown method 'lroa'. Did you mean 'lora'? Known: dora, full, ",
+        "unknown method 'lroa'. Did you mean 'lora'? Known: adapter, dora, ",
     ),
     ((*SMOKE, "memory_formulas", "models"), ["llama-6b"], "unknown model 'llama-6b'. Did you mean 'llama-6m'? Known: "),
     (

@@ -212,7 +212,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"config": 3}, "config is 3; it must be an object, as in a config.json. Correct it."),
     ({"config": SMALL, "bach": 4}, "bach is not a known key. Did you mean 'batch'?"),
     ({"config": SMALL, "xyzzy": 4}, "xyzzy is not a known key. Known: accumulation, alpha, "),
-    ({"config": SMALL, "method": "lroa"}, "unknown method 'lroa'. Did you mean 'lora'? Known: dora, full, "),
+    ({"config": SMALL, "method": "lroa"}, "unknown method 'lroa'. Did you mean 'lora'? Known: adapter, dora, "),
     ({"config": SMALL, "attention": ["sdpa"]}, "unknown attention '['sdpa']'."),
     ({"config": SMALL, "quantisation": "nf3"}, "unknown quantisation 'nf3'. Did you mean 'nf4'? Known: int8, nf4."),
     ({"config": SMALL, "batch": 0}, "batch is 0; it must be at least 1. Raise it."),
