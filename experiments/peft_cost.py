@@ -132,22 +132,31 @@ def full_counts(evidence: Evidence) -> Evidence:
 # peft-saves-memory ----------------------------------------------------------------------------------------------
 
 
-def _savings(evidence: Evidence, model: str, method: str, figure: str) -> list[tuple[int, float]]:
-    """(tokens per batch, share of full fine-tuning's bytes that the method saves), by tokens."""
+def _bytes(evidence: Evidence, model: str, method: str, figure: str) -> list[tuple[int, float, float]]:
+    """(tokens per batch, full fine-tuning's bytes, the method's), by tokens."""
     full, other = (
         {(r.setting("batch"), r.setting("length")): r.figure(figure) for r in evidence.select(f"peak-{m}", model=model)}
         for m in ("full", method)
     )
-    return sorted((batch * length, 1 - other[batch, length] / full[batch, length]) for batch, length in full)
+    return sorted((batch * length, full[batch, length], other[batch, length]) for batch, length in full)
 
 
-def _fades_at(points: list[tuple[int, float]]) -> int | None:
-    """Tokens per batch at which the saving falls under LEAST_SAVING, on the line between two points; None: it does not."""
-    if points[0][1] < LEAST_SAVING:
-        return points[0][0]
-    for (low, before), (high, after) in pairwise(points):
-        if after < LEAST_SAVING:
-            return round(low + (high - low) * (before - LEAST_SAVING) / (before - after))
+def _savings(points: list[tuple[int, float, float]]) -> list[float]:
+    """Shares of full fine-tuning's bytes that the method saves."""
+    return [1 - other / full for _, full, other in points]
+
+
+def _fades_at(points: list[tuple[int, float, float]]) -> int | None:
+    """Tokens per batch at which the saving falls under LEAST_SAVING; None: it does not.
+
+    Between two points both are taken for straight lines, which bytes over tokens are, and savings are not.
+    """
+    missing = [(tokens, other - (1 - LEAST_SAVING) * full) for tokens, full, other in points]
+    if missing[0][1] > 0:
+        return missing[0][0]
+    for (low, before), (high, after) in pairwise(missing):
+        if after > 0:
+            return round(low + (high - low) * before / (before - after))
     return None
 
 
@@ -161,12 +170,13 @@ def judge_memory(evidence: Evidence) -> Finding:
     for model in _models(evidence):
         words = []
         for method in METHODS:
-            peaks = _savings(evidence, model, method, "peak_bytes")
-            steady = _savings(evidence, model, method, "steady_bytes")[0][1]
-            values += [saving for _, saving in peaks]
-            fades = _fades_at(peaks)
+            points = _bytes(evidence, model, method, "peak_bytes")
+            peaks = _savings(points)
+            steady = _savings(_bytes(evidence, model, method, "steady_bytes"))[0]
+            values += peaks
+            fades = _fades_at(points)
             until = f"under {LEAST_SAVING:.0%} from about {fades:,} tokens a batch" if fades else "never under it"
-            words.append(f"{method} {peaks[0][1]:.0%} to {peaks[-1][1]:.0%} ({until}; between updates {steady:.0%})")
+            words.append(f"{method} {peaks[0]:.0%} to {peaks[-1]:.0%} ({until}; between updates {steady:.0%})")
         parts.append(f"{model}: {', '.join(words)}")
     enough = [saving >= LEAST_SAVING for saving in values]
     verdict = over_regimes(enough)
@@ -184,8 +194,8 @@ def saving_lines(evidence: Evidence) -> dict[str, Line]:
     """Savings at the peak over tokens per batch, of each method on the last model."""
     lines = {}
     for method in METHODS:
-        points = _savings(evidence, _models(evidence)[-1], method, "peak_bytes")
-        lines[method] = Line([tokens for tokens, _ in points], [100 * saving for _, saving in points])
+        points = _bytes(evidence, _models(evidence)[-1], method, "peak_bytes")
+        lines[method] = Line([tokens for tokens, _, _ in points], [100 * saving for saving in _savings(points)])
     return lines
 
 

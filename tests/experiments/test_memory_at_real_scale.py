@@ -12,14 +12,22 @@ from lab.planner import load_config
 @pytest.mark.parametrize(
     ("points", "fades"),
     [
-        ([(10, 0.5), (20, 0.3)], None),
-        ([(10, 0.05), (20, 0.01)], 10),
-        ([(100, 0.3), (200, 0.05)], 180),
-        ([(100, 0.3), (200, 0.2), (400, 0.0)], 300),
+        ([(10, 100.0, 50.0), (20, 110.0, 77.0)], None),
+        ([(10, 100.0, 95.0), (20, 110.0, 109.0)], 10),
+        ([(100, 100.0, 80.0), (200, 100.0, 100.0)], 150),
+        ([(100, 100.0, 70.0), (200, 200.0, 160.0), (400, 400.0, 400.0)], 267),
     ],
 )
-def test_a_saving_fades_on_the_line_between_two_points(points: list[tuple[int, float]], fades: int | None) -> None:
+def test_a_saving_fades_where_lines_of_bytes_meet(points: list[tuple[int, float, float]], fades: int | None) -> None:
     assert peft_cost._fades_at(points) == fades
+
+
+def test_where_a_saving_fades_is_found_from_far_points() -> None:
+    def bytes_at(tokens: int) -> tuple[int, float, float]:
+        return tokens, 64e9 + 2e6 * tokens, 16e9 + 2.2e6 * tokens
+
+    exact = (0.9 * 64e9 - 16e9) / (2.2e6 - 0.9 * 2e6)
+    assert peft_cost._fades_at([bytes_at(1), bytes_at(10_000_000)]) == pytest.approx(exact, rel=1e-6)
 
 
 def test_a_card_holds_less_than_its_name_says_and_takes_the_largest_model_that_is_no_more() -> None:
