@@ -319,6 +319,7 @@ EXPERIMENT = Experiment(
             prediction_lines,
             log_x=True,
             log_y=True,
+            joined=False,
         ),
     ),
 )

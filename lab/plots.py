@@ -35,6 +35,8 @@ class Plot:
     lines: Callable[[Evidence], Mapping[str, Line]]
     log_x: bool = False
     log_y: bool = False
+    joined: bool = True
+    """Whether a line leads from point to point."""
 
 
 def draw(plot: Plot, evidence: Evidence, path: Path) -> Path | None:
@@ -54,7 +56,8 @@ def draw(plot: Plot, evidence: Evidence, path: Path) -> Path | None:
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for label, line in lines.items():
-        (drawn,) = axes.plot(line.x, line.y, marker="o", markersize=4, label=label)
+        style = "-" if plot.joined else "none"
+        (drawn,) = axes.plot(line.x, line.y, marker="o", markersize=4, linestyle=style, label=label)
         if line.low is not None and line.high is not None:
             axes.fill_between(line.x, line.low, line.high, color=drawn.get_color(), alpha=0.18, linewidth=0)
     axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
