@@ -74,3 +74,16 @@ def test_the_readme_shows_the_verdicts_of_the_default_profile() -> None:
     for verdict in Study.load("cpu", ROOT).verdicts:
         row = f"| `{verdict.claim}` | {verdict.tier} | {verdict.verdict} |"
         assert row in readme, f"README.md has no row '{row}'"
+
+
+def test_the_readme_shows_every_peak_that_was_measured_and_predicted() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found, _ = Study.load("cpu", ROOT).evidence("peak_memory")
+    peaks = {record.spec.name: int(record.figure("peak_bytes")) for record in found if "peak_bytes" in record.figures}
+    measured = {n.removeprefix("measured-"): peak for n, peak in peaks.items() if n.startswith("measured-")}
+    assert measured
+    for name, peak in measured.items():
+        predicted = peaks[f"predicted-{name}"]
+        row = f"| {name} | {peak:,} | {predicted:,} | {100 * (predicted / peak - 1):.4f} % |"
+        assert row in readme, f"README.md has no row '{row}'"
+    assert readme.count("| llama-") == len(measured)
