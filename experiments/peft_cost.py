@@ -13,6 +13,7 @@ from __future__ import annotations
 from itertools import pairwise, product
 
 from lab.claims import Claim, Evidence, Experiment, Finding, VerdictName, over_regimes
+from lab.memory.workload import PHASES
 from lab.params import Count, Profile, Section
 from lab.plots import Line, Plot
 from lab.records import Record
@@ -132,32 +133,58 @@ def full_counts(evidence: Evidence) -> Evidence:
 # peft-saves-memory ----------------------------------------------------------------------------------------------
 
 
-def _bytes(evidence: Evidence, model: str, method: str, figure: str) -> list[tuple[int, float, float]]:
-    """(tokens per batch, full fine-tuning's bytes, the method's), by tokens."""
+Point = tuple[int, tuple[float, ...], tuple[float, ...]]
+"""Tokens per batch; the peak of each phase under full fine-tuning, and under the method."""
+
+
+def _points(evidence: Evidence, model: str, method: str) -> list[Point]:
+    """By tokens."""
     full, other = (
-        {(r.setting("batch"), r.setting("length")): r.figure(figure) for r in evidence.select(f"peak-{m}", model=model)}
+        {
+            (r.setting("batch"), r.setting("length")): tuple(r.figure(f"peak_{phase}_bytes") for phase in PHASES)
+            for r in evidence.select(f"peak-{m}", model=model)
+        }
         for m in ("full", method)
     )
     return sorted((batch * length, full[batch, length], other[batch, length]) for batch, length in full)
 
 
-def _savings(points: list[tuple[int, float, float]]) -> list[float]:
-    """Shares of full fine-tuning's bytes that the method saves."""
-    return [1 - other / full for _, full, other in points]
+def _savings(points: list[Point]) -> list[float]:
+    """Shares of full fine-tuning's peak that the method saves."""
+    return [1 - max(other) / max(full) for _, full, other in points]
 
 
-def _fades_at(points: list[tuple[int, float, float]]) -> int | None:
+def _fades_at(points: list[Point]) -> int | None:
     """Tokens per batch at which the saving falls under LEAST_SAVING; None: it does not.
 
-    Between two points both are taken for straight lines, which bytes over tokens are, and savings are not.
+    Between two points the bytes of each phase are a straight line, which savings are not; the peak is the highest phase.
     """
-    missing = [(tokens, other - (1 - LEAST_SAVING) * full) for tokens, full, other in points]
-    if missing[0][1] > 0:
-        return missing[0][0]
-    for (low, before), (high, after) in pairwise(missing):
-        if after > 0:
-            return round(low + (high - low) * before / (before - after))
+
+    def missing(share: float, low: Point, high: Point) -> float:
+        """Bytes over what would be a saving, at a share of the way between two points."""
+        full, other = _peak_between(low[1], high[1], share), _peak_between(low[2], high[2], share)
+        return other - (1 - LEAST_SAVING) * full
+
+    if missing(0, points[0], points[0]) > 0:
+        return points[0][0]
+    for low, high in pairwise(points):
+        if missing(1, low, high) > 0:
+            inside, outside = 0.0, 1.0
+            for _ in range(50):
+                middle = (inside + outside) / 2
+                inside, outside = (inside, middle) if missing(middle, low, high) > 0 else (middle, outside)
+            return round(low[0] + outside * (high[0] - low[0]))
     return None
+
+
+def _peak_between(low: tuple[float, ...], high: tuple[float, ...], share: float) -> float:
+    return max(a + share * (b - a) for a, b in zip(low, high, strict=True))
+
+
+def _steady_saving(evidence: Evidence, model: str, method: str) -> float:
+    """The share of full fine-tuning's bytes between updates that the method saves; the batch has no part in them."""
+    full, other = (evidence.select(f"peak-{m}", model=model)[0].figure("steady_bytes") for m in ("full", method))
+    return 1 - other / full
 
 
 def _models(evidence: Evidence) -> list[str]:
@@ -170,9 +197,9 @@ def judge_memory(evidence: Evidence) -> Finding:
     for model in _models(evidence):
         words = []
         for method in METHODS:
-            points = _bytes(evidence, model, method, "peak_bytes")
+            points = _points(evidence, model, method)
             peaks = _savings(points)
-            steady = _savings(_bytes(evidence, model, method, "steady_bytes"))[0]
+            steady = _steady_saving(evidence, model, method)
             values += peaks
             fades = _fades_at(points)
             until = f"under {LEAST_SAVING:.0%} from about {fades:,} tokens a batch" if fades else "never under it"
@@ -194,7 +221,7 @@ def saving_lines(evidence: Evidence) -> dict[str, Line]:
     """Savings at the peak over tokens per batch, of each method on the last model."""
     lines = {}
     for method in METHODS:
-        points = _bytes(evidence, _models(evidence)[-1], method, "peak_bytes")
+        points = _points(evidence, _models(evidence)[-1], method)
         lines[method] = Line([tokens for tokens, _, _ in points], [100 * saving for saving in _savings(points)])
     return lines
 
