@@ -160,6 +160,8 @@ def _fades_at(points: list[Point]) -> int | None:
     Between two points the bytes of each phase are a straight line, which savings are not; the peak is the highest phase.
     """
 
+    from scipy.optimize import brentq
+
     def missing(share: float, low: Point, high: Point) -> float:
         """Bytes over what would be a saving, at a share of the way between two points."""
         full, other = _peak_between(low[1], high[1], share), _peak_between(low[2], high[2], share)
@@ -169,11 +171,8 @@ def _fades_at(points: list[Point]) -> int | None:
         return points[0][0]
     for low, high in pairwise(points):
         if missing(1, low, high) > 0:
-            inside, outside = 0.0, 1.0
-            for _ in range(50):
-                middle = (inside + outside) / 2
-                inside, outside = (inside, middle) if missing(middle, low, high) > 0 else (middle, outside)
-            return round(low[0] + outside * (high[0] - low[0]))
+            share = brentq(missing, 0, 1, args=(low, high))
+            return round(low[0] + share * (high[0] - low[0]))
     return None
 
 

@@ -120,18 +120,23 @@ class TrialSpec(Settings):
     """`sim` if this is evidence for the sim tier; None: for the tier of the profile's device."""
     settings: Annotated[Training | Structure | Comparison | Memory | Simulation, Field(discriminator="kind")]
 
+    @property
+    def runs(self) -> tuple[Training | Memory | Simulation, ...]:
+        """The settings of each training in it: two of a comparison, else one."""
+        settings = self.settings
+        return (settings.first, settings.second) if isinstance(settings, Comparison) else (settings,)
+
     def models(self) -> set[str]:
         """The prepared models that the trial reads."""
-        if isinstance(self.settings, Comparison):
-            return {self.settings.first.model, self.settings.second.model}
-        return {self.settings.model}
+        return {run.model for run in self.runs}
 
     def methods(self) -> frozenset[str]:
         """The tuning methods that the trial applies."""
-        settings = self.settings
-        return frozenset(
-            {settings.first.method, settings.second.method} if isinstance(settings, Comparison) else {settings.method}
-        )
+        return frozenset(run.method for run in self.runs)
+
+    def tasks(self) -> list[str]:
+        """The tasks that the trial learns, in order of their names."""
+        return sorted({run.task for run in self.runs if isinstance(run, Training)})
 
     def digest(self) -> str:
         """A hash of the settings: two trials with one digest are the same trial."""

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from lab.records import Record
-from lab.specs import Comparison, Setup
 from lab.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -456,10 +455,9 @@ def _data_sets(record: Record, workspace: Workspace) -> list[DatasetInput]:
     """The tasks that a trial learns, with the digest of the prepared data; none for a memory trial."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    settings, digest = record.spec.settings, record.provenance.inputs.get("data")
-    if isinstance(settings, Setup) or not digest:
+    digest = record.provenance.inputs.get("data")
+    if not digest:
         return []
-    runs = [settings.first, settings.second] if isinstance(settings, Comparison) else [settings]
     source = {"uri": str(workspace.data.relative_to(workspace.root))}
     if "data commit" in record.provenance.inputs:
         source["commit"] = record.provenance.inputs["data commit"]
@@ -468,7 +466,7 @@ def _data_sets(record: Record, workspace: Workspace) -> list[DatasetInput]:
             Dataset(task, digest[:_DIGEST_LENGTH], "local", json.dumps(source)),
             [InputTag("mlflow.data.context", "training")],
         )
-        for task in dict.fromkeys(run.task for run in runs)
+        for task in record.spec.tasks()
     ]
 
 

@@ -22,7 +22,7 @@ from lab import records
 from lab.errors import LabError
 from lab.models import shapes
 from lab.records import Provenance, Record, Status
-from lab.specs import Comparison, Simulation, Training, TrialSpec
+from lab.specs import Simulation, TrialSpec
 from lab.workspace import Workspace
 
 PRELOAD = [
@@ -164,7 +164,7 @@ class Origin:
                 prints |= _commit_of(folder, model)
             elif shape := shape_fingerprint(model):
                 prints[model] = shape
-        for task in sorted({task for spec in specs for task in _tasks(spec)}):
+        for task in sorted({task for spec in specs for task in spec.tasks()}):
             prints[f"task {task}"] = records.files_fingerprint(workspace.data, workspace.data.glob(f"{task}-*.jsonl"))
         prints |= _commit_of(workspace.data, "data")
         return cls(
@@ -184,7 +184,7 @@ class Origin:
 
     def inputs(self, spec: TrialSpec) -> dict[str, str]:
         """The fingerprints of the files that a trial reads."""
-        tasks = _tasks(spec)
+        tasks = spec.tasks()
         wanted = spec.models() | ({"data"} if tasks else set())
         found = {key: value for key, value in self.fingerprints.items() if key.split(" ")[0] in wanted}
         return found | ({"data": "+".join(self.fingerprints[f"task {task}"] for task in tasks)} if tasks else {})
@@ -214,13 +214,6 @@ def shape_fingerprint(model: str) -> str | None:
     """The fingerprint of a bundled configuration; None for a model that is prepared."""
     shape = shapes().get(model)
     return records.files_fingerprint(shape.parent, [shape]) if shape else None
-
-
-def _tasks(spec: TrialSpec) -> list[str]:
-    """The tasks that a trial reads."""
-    settings = spec.settings
-    runs = (settings.first, settings.second) if isinstance(settings, Comparison) else (settings,)
-    return sorted({run.task for run in runs if isinstance(run, Training)})
 
 
 def _stage(model: str) -> str:

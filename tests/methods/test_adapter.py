@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel
 
 from lab.errors import LabError
 from lab.methods import AdapterOptions, apply_method, closed_form, count_parameters
 from lab.methods.adapter import ACTIVATIONS, PLACES, BottleneckLayer, apply
+from tests.methods.away import TOKENS, drawn, logits
 
 SMALL = {
     "hidden_size": 32,
@@ -46,7 +46,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": GPT,
     "gpt_bigcode": GPT,
 }
-TOKENS = torch.arange(3, 21).reshape(2, 9)
 
 
 def base(family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
@@ -55,23 +54,8 @@ def base(family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def drawn(model: Any, seed: int = 1) -> Any:
-    """The model away from its start: every trainable number drawn."""
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.2)
-    return model.eval()
-
-
 def adapter(family: str = "llama", **options: Any) -> Any:
     return apply_method(base(family), "adapter", {"reduction_factor": 8, **options})
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(TOKENS).logits
-    return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)

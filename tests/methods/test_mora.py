@@ -18,6 +18,7 @@ from lab.errors import LabError
 from lab.methods import MoraOptions, apply_method, closed_form, count_parameters
 from lab.methods.mora import OPERATORS, MoraConfig, MoraLayer
 from lab.methods.sizes import mora_side
+from tests.methods.away import TOKENS, drawn, logits
 
 LLAMA = LlamaConfig(
     hidden_size=32,
@@ -28,7 +29,6 @@ LLAMA = LlamaConfig(
     vocab_size=64,
 )
 GPT2 = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32)
-TOKENS = torch.arange(18).reshape(2, 9)
 
 
 def base(config: Any = LLAMA) -> Any:
@@ -36,24 +36,9 @@ def base(config: Any = LLAMA) -> Any:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def drawn(model: Any, seed: int = 1) -> Any:
-    """The model away from its start: every trainable number drawn."""
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.1)
-    return model.eval()
-
-
 def mora(config: Any = LLAMA, **options: Any) -> Any:
     targets = {"targets": ("c_attn", "c_fc")} if config is GPT2 else {}
     return apply_method(base(config), "mora", {"rank": 3, **targets, **options})
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(TOKENS).logits
-    return found
 
 
 def layer(inputs: int, outputs: int, rank: int, operator: int, dtype: torch.dtype = torch.float64) -> MoraLayer:
