@@ -1,5 +1,7 @@
-# make study   set up, run the study (params.yaml's profile, or PROFILE=smoke|cpu|full|gpu), print the verdicts
+# make study   set up, run the study (params.yaml's profile, or PROFILE=smoke|cpu|full|gpu), print the verdicts;
+#              ONLY="inference hub" runs those experiments and what they read
 # make test    set up, check style and types, run the tests
+# make bundle  set up, build a folder that runs the study on an offline GPU machine (PARTS=2 adds SmolLM2)
 # make ui      set up, open the MLflow UI on 127.0.0.1
 PYTHON ?= python3
 VENV   := .venv
@@ -7,7 +9,7 @@ BIN    := $(VENV)/bin
 # dvc runs `lab` by its name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup study test ui lock clean
+.PHONY: setup study test bundle ui lock clean
 
 setup: $(VENV)/.ready
 
@@ -20,13 +22,16 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 study: setup
-	@lab study $(if $(PROFILE),--profile $(PROFILE)) $(if $(FORCE),--force)
+	@lab study $(ONLY) $(if $(PROFILE),--profile $(PROFILE)) $(if $(FORCE),--force)
 
 test: setup
 	ruff check .
 	ruff format --check .
 	mypy
 	pytest
+
+bundle: setup
+	@lab bundle $(if $(PARTS),--parts $(PARTS))
 
 ui: setup
 	@lab ui

@@ -3,7 +3,8 @@
 Claim     domain-specialisation (lecture 3)
 Refuted   if no method lowers the loss on the domain's text by FALL; conditional if one does, and another does not or the
           loss on general text rises by more than RISE
-Control   runs with the loss of the base; runs whose loss on general text has doubled; runs that win all
+Control   runs with the loss of the base; runs that win on the domain and double the loss on general
+          text; runs that win all
 Run       lab run domain --profile cpu
 
 The domain is the log of lighthouse keepers (lab/corpus.py): words, abbreviations and an order of remarks that no base
@@ -17,12 +18,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lab.claims import Claim, Evidence, Experiment, Finding
+from lab.claims import Claim, Control, Evidence, Experiment, Finding
 from lab.params import Count, Profile, Rate, Section
 from lab.plots import Line, Plot
 from lab.records import Record
 from lab.specs import Plan, Sweep, Training, TrialSpec
-from lab.statistics import Interval, lies_above, lies_within, mean_interval
+from lab.statistics import CONFIDENCE, Interval, bonferroni, lies_above, lies_within, mean_interval
 from lab.sweeps import at_best, at_edge, rates, with_rate
 
 NAME = "domain"
@@ -113,11 +114,11 @@ class Effect:
         return f"at {self.rate:g} domain loss falls {fall}, general loss rises {rise}"
 
 
-def _effect(base: Record, records: Sequence[Record]) -> Effect:
+def _effect(base: Record, records: Sequence[Record], confidence: float = CONFIDENCE) -> Effect:
     return Effect(
         records[0].setting("learning_rate"),
-        mean_interval([1 - r.figure(DOMAIN) / base.figure(DOMAIN) for r in records]),
-        mean_interval([r.figure(GENERAL) / base.figure(GENERAL) - 1 for r in records]),
+        mean_interval([1 - r.figure(DOMAIN) / base.figure(DOMAIN) for r in records], confidence),
+        mean_interval([r.figure(GENERAL) / base.figure(GENERAL) - 1 for r in records], confidence),
     )
 
 
@@ -130,9 +131,11 @@ def _arms(evidence: Evidence) -> dict[str, Record]:
 def judge_domain(evidence: Evidence) -> Finding:
     """Fall of the domain's loss and rise of the general one, per model and method at its best rate."""
     effects, notes = {}, []
-    for arm, base in _arms(evidence).items():
+    arms = _arms(evidence)
+    together = bonferroni(2 * max(1, len(arms)))  # a fall and a rise for each
+    for arm, base in arms.items():
         found = evidence.attempts(arm)
-        effects[arm] = _effect(base, at_best(found, "loss"))
+        effects[arm] = _effect(base, at_best(found, "loss"), together)
         edge = " (at the edge of its grid)" if at_edge(found, "loss") else ""
         notes.append(f"{arm} {effects[arm]}{edge}{_sparing(base, found)}")
     improves = {arm: lies_above(effect.fall, FALL) for arm, effect in effects.items()}
@@ -170,13 +173,12 @@ def _sparing(base: Record, records: Sequence[Record]) -> str:
 def _with(evidence: Evidence, **factors: float) -> Evidence:
     """Every run with these figures of its base, times the factors."""
     bases = _arms(evidence)
-    changed = []
-    for r in evidence.records:
-        if base := bases.get(r.spec.arm):
-            given = {name: factor * base.figure(name) for name, factor in factors.items()}
-            r = r.model_copy(update={"figures": {**r.figures, **given}})
-        changed.append(r)
-    return Evidence(changed)
+
+    def change(record: Record) -> dict[str, float]:
+        base = bases.get(record.spec.arm)
+        return {name: factor * base.figure(name) for name, factor in factors.items()} if base else {}
+
+    return evidence.with_figures(change)
 
 
 def untrained(evidence: Evidence) -> Evidence:
@@ -185,8 +187,8 @@ def untrained(evidence: Evidence) -> Evidence:
 
 
 def exploding(evidence: Evidence) -> Evidence:
-    """Every run has twice the base's loss on general text."""
-    return _with(evidence, **{GENERAL: 2.0})
+    """Every run has half the base's loss on the domain, and twice its loss on general text."""
+    return _with(evidence, **{DOMAIN: 0.5, GENERAL: 2.0})
 
 
 def all_won(evidence: Evidence) -> Evidence:
@@ -229,8 +231,8 @@ EXPERIMENT = Experiment(
             lecture="3",
             tiers=("cpu", "gpu"),
             threshold=(
-                f"the 95 % interval of the domain loss's fall lies above {FALL:.0%} and that of the general loss's rise "
-                f"below {RISE:.0%}, for every method at the rate that is best for the domain"
+                f"the interval of the domain loss's fall lies above {FALL:.0%} and that of the general loss's rise below "
+                f"{RISE:.0%} (95 % over all of them), for every method at the rate that is best for the domain"
             ),
             scope=(
                 "entries of one grammar, whose words the base has never read (tiny's loss begins above a blind guess, so that "
@@ -239,14 +241,16 @@ EXPERIMENT = Experiment(
             ),
             judge=judge_domain,
             controls={
-                "the base's loss on the domain": untrained,
-                "twice the loss on general text": exploding,
-                "half the loss on the domain and nothing paid": all_won,
+                "the base's loss on the domain": Control(untrained, "refuted"),
+                "half the loss on the domain for twice that on general text": Control(exploding, "conditional"),
+                "half the loss on the domain and nothing paid": Control(all_won, "supported"),
             },
             advice={
                 "supported": "Train on the domain's text; check general text with it, and keep the rate that leaves it alone.",
                 "conditional": "Choose the rate on general text too: the best one for the domain alone ruins the rest.",
                 "refuted": "Look at the data and the rate: text of a domain that does not lower its loss teaches nothing.",
+                "inconclusive": "Watch a sample of general text while you train on the domain, and keep the smallest rate that "
+                "still lowers its loss.",
             },
             stated={"cpu": "conditional", "full": "conditional"},
         ),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from itertools import product
 
-from lab.claims import Claim, Evidence, Experiment, Finding, VerdictName, over_regimes
+from lab.claims import Claim, Control, Evidence, Experiment, Finding, VerdictName, over_regimes
 from lab.params import Count, Profile, Rate, Section
 from lab.plots import Line, Plot
 from lab.records import Record
@@ -173,11 +173,12 @@ EXPERIMENT = Experiment(
             threshold=f"within {TOLERANCE:.0%} of 6 bytes, however it is counted",
             scope="bitsandbytes 8-bit AdamW through the Trainer, by kind of tensor, state alone and with fp32 weights",
             judge=judge_bytes,
-            controls={"AdamW with 32-bit state": thirty_two_bit_control},
+            controls={"AdamW with 32-bit state": Control(thirty_two_bit_control, "refuted")},
             advice={
                 "supported": "Reserve 6 bytes per trainable parameter.",
                 "conditional": "Reserve 2 bytes of state per parameter, 8 for the embedding; add 4 only for fp32 weights.",
                 "refuted": "Do not reserve 6 bytes: no way of counting gives them.",
+                "inconclusive": "Reserve 8 bytes of state per parameter until you have looked at what your optimizer holds.",
             },
             stated={"cpu": "conditional", "full": "conditional", "sim": "conditional"},
         ),
@@ -189,10 +190,11 @@ EXPERIMENT = Experiment(
             threshold=f"the 95 % interval of the progress lost lies within {MARGIN:.0%} of AdamW's progress",
             scope="full fine-tuning of tiny in fp32, one learning rate, paired by seed and data order",
             judge=judge_match,
-            controls={"a tenth of the learning rate": slow_control},
+            controls={"a tenth of the learning rate": Control(slow_control, "refuted")},
             advice={
                 "supported": "Use adamw_bnb_8bit with AdamW's settings; expect the same loss, not the same weights.",
                 "refuted": "Tune the learning rate again when you switch to the 8-bit optimizer.",
+                "inconclusive": "Compare both optimizers on a short run of your own before you rely on the 8-bit one.",
             },
             stated={"cpu": "supported", "full": "supported"},
         ),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from itertools import product
 
-from lab.claims import Claim, Evidence, Experiment, Finding, VerdictName, over_regimes
+from lab.claims import Claim, Control, Evidence, Experiment, Finding, VerdictName, over_regimes
 from lab.params import Count, Profile, Section
 from lab.plots import Line, Plot
 from lab.records import Record
@@ -201,10 +201,7 @@ def flat_control(evidence: Evidence) -> Evidence:
     """A ledger that does not see activations: every point shows the bytes of the first."""
     first = evidence.select("over-batch")[0].figures
     flat = {name: first[name] for name in ("activations_bytes", "logits_bytes")}
-    return Evidence(
-        r.model_copy(update={"figures": {**r.figures, **flat}}) if r.spec.arm.startswith("over-") else r
-        for r in evidence.records
-    )
+    return evidence.with_figures(lambda r: flat if r.spec.arm.startswith("over-") else {})
 
 
 def activation_lines(evidence: Evidence) -> dict[str, Line]:
@@ -239,10 +236,12 @@ EXPERIMENT = Experiment(
             threshold=f"within {TOLERANCE:.0%} of the promise for every model and precision",
             scope="bytes held by weights and buffers after loading, ties counted once; span over models",
             judge=judge_weights,
-            controls={"ties counted twice": untied_control},
+            controls={"ties counted twice": Control(untied_control, "refuted")},
             advice={
                 "supported": "Multiply parameters by 4 (fp32) or 2 (bf16, fp16); 4-bit models keep a 16-bit embedding.",
                 "refuted": "Count the bytes of your model; the rule does not hold for it.",
+                "inconclusive": "Load the model once and read what it takes; until then count 4 bytes per parameter (fp32) or 2 "
+                "(16 bits).",
             },
             stated={"cpu": "supported", "full": "supported", "sim": "supported"},
         ),
@@ -254,11 +253,12 @@ EXPERIMENT = Experiment(
             threshold=f"within {TOLERANCE:.0%} of the weights, in every regime",
             scope="full fine-tuning in fp32, bf16, bf16 with master weights and autocast, and LoRA",
             judge=judge_gradients,
-            controls={"LoRA as full fine-tuning": adapter_control},
+            controls={"LoRA as full fine-tuning": Control(adapter_control, "refuted")},
             advice={
                 "supported": "Reserve the weights' bytes once more for gradients.",
                 "conditional": "Reserve the weights' bytes once more for full fine-tuning; for LoRA only the adapter's.",
                 "refuted": "Measure the gradients of your setup; the rule does not hold.",
+                "inconclusive": "Reserve the weights' bytes once more until you have measured the gradients of your setup.",
             },
             stated={"cpu": "conditional", "full": "conditional", "sim": "conditional"},
         ),
@@ -270,11 +270,12 @@ EXPERIMENT = Experiment(
             threshold=f"within {TOLERANCE:.0%} of 12 bytes in every regime",
             scope="bytes that the optimizer holds per trainable parameter: moments and master copy; temporaries apart",
             judge=judge_adamw,
-            controls={"no master weights": no_master_control},
+            controls={"no master weights": Control(no_master_control, "refuted")},
             advice={
                 "supported": "Reserve 12 bytes per trainable parameter for AdamW.",
                 "conditional": "Reserve 12 bytes with fp32 master weights, 8 with fp32 or autocast, 4 in pure bf16.",
                 "refuted": "Do not reserve 12 bytes: no common regime holds them.",
+                "inconclusive": "Reserve 12 bytes per trainable parameter until you have measured what your setup holds.",
             },
             stated={"cpu": "conditional", "full": "conditional", "sim": "conditional"},
         ),
@@ -286,10 +287,11 @@ EXPERIMENT = Experiment(
             threshold=f"the 95 % interval of each exponent lies at or above {LEAST_EXPONENT}",
             scope="activations and logits alive at the end of the forward pass, eager and fused attention; fp32, sim tier bf16",
             judge=judge_activations,
-            controls={"a ledger blind to activations": flat_control},
+            controls={"a ledger blind to activations": Control(flat_control, "refuted")},
             advice={
                 "supported": "Halve the batch to halve activations; for long texts use fused attention, eager grows faster.",
                 "refuted": "Look for what else fills the memory before you shrink the batch.",
+                "inconclusive": "Measure an update at your longest sequence, then again with half of the batch.",
             },
             stated={"cpu": "supported", "full": "supported", "sim": "supported"},
         ),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from itertools import pairwise, product
 
-from lab.claims import Claim, Evidence, Experiment, Finding, VerdictName, over_regimes
+from lab.claims import Claim, Control, Evidence, Experiment, Finding, VerdictName, over_regimes
 from lab.memory.workload import PHASES
 from lab.params import Count, Profile, Section
 from lab.plots import Line, Plot
@@ -239,11 +239,12 @@ EXPERIMENT = Experiment(
             threshold=f"at most {SMALL_SHARE:.0%} of the base's parameters, and exactly as many as the closed form says",
             scope="every method with its defaults, LoRA and its kin on all linear layers; count, no draw: span over all",
             judge=judge_few,
-            controls={"full fine-tuning as every method": full_counts},
+            controls={"full fine-tuning as every method": Control(full_counts, "refuted")},
             advice={
                 "supported": "Expect an adapter of a few per cent of the model at most, whatever the method.",
                 "conditional": "Count on a small share from 100M parameters on; P-Tuning's encoder and high ranks are larger.",
                 "refuted": "Count the trainable parameters before you train; they are not few.",
+                "inconclusive": "Print the number of trainable parameters before you train.",
             },
             stated={"cpu": "conditional", "full": "conditional", "sim": "supported"},
         ),
@@ -255,12 +256,14 @@ EXPERIMENT = Experiment(
             threshold=f"at least {LEAST_SAVING:.0%} of full fine-tuning's peak, for every method at every batch and length",
             scope="AdamW, no checkpointing; cpu: fp32, sim: bf16 under autocast; QLoRA: nf4; span over methods and points",
             judge=judge_memory,
-            controls={"full fine-tuning as every method": full_memory},
+            controls={"full fine-tuning as every method": Control(full_memory, "refuted")},
             advice={
                 "supported": "Switch to LoRA when full fine-tuning does not fit.",
                 "conditional": "Switch to LoRA to save gradients and optimizer state; against activations use a "
                 "smaller batch or checkpointing.",
                 "refuted": "Do not expect LoRA to make it fit: shrink batch and length first.",
+                "inconclusive": "Ask `lab fit` for your batch and length, with the method and without, before you count on a "
+                "saving.",
             },
             stated={"cpu": "conditional", "full": "conditional", "sim": "conditional"},
         ),

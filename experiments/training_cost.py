@@ -14,16 +14,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise, product
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
-from lab.claims import Claim, Evidence, Experiment, Finding, MissingEvidence, VerdictName, over_answers
+from lab.claims import (
+    Cell,
+    Claim,
+    Control,
+    Evidence,
+    Experiment,
+    Finding,
+    MissingEvidence,
+    VerdictName,
+    in_words,
+    over_answers,
+)
 from lab.params import Count, Profile, Section
 from lab.plots import Line, Plot
 from lab.records import Record
 from lab.specs import Timing, Training, TrialSpec, memory_spec
-from lab.statistics import CONFIDENCE, Answer, Interval, bonferroni, lies_above, lies_within, mean_interval, span
+from lab.statistics import (
+    CONFIDENCE,
+    Interval,
+    bonferroni,
+    first_at_most,
+    lies_above,
+    lies_within,
+    mean_interval,
+    mean_ratio,
+    span,
+)
 from lab.sweeps import at_best
 
 NAME = "training_cost"
@@ -119,22 +140,8 @@ def trials(params: Params, profile: Profile) -> list[TrialSpec]:
 # What the judges share ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One comparison: a ratio or a share with its interval, and whether the claim holds there."""
-
-    name: str
-    interval: Interval
-    answer: Answer
-
-
 def _words(title: str, cells: Sequence[Cell]) -> str:
-    """The cells by answer, with their intervals."""
-    parts = []
-    for answer in ("yes", "no", "undecided"):
-        found = [f"{c.name} {_short(c.interval)}" for c in cells if c.answer == answer]
-        parts += [f"{answer}: {', '.join(found)}"] if found else []
-    return f"{title} ({'; '.join(parts)})"
+    return in_words(title, cells, _short)
 
 
 def _short(interval: Interval) -> str:
@@ -168,74 +175,95 @@ def _trained(evidence: Evidence, model: str, method: str) -> dict[int, Record]:
 # peft-trains-faster ---------------------------------------------------------------------------------------------
 
 
-def _mean_ratio(ratios: Sequence[float], confidence: float) -> Interval:
-    """The geometric mean with the interval of the logarithms: a over b is then one over b over a, and never negative."""
-    logs = mean_interval([math.log(ratio) for ratio in ratios], confidence)
-    return Interval(math.exp(logs.estimate), math.exp(logs.low), math.exp(logs.high), logs.n)
-
-
 def _faster(name: str, ratios: Sequence[float], confidence: float) -> Cell:
-    """A method's time over full fine-tuning's; one that does not arrive in some run has no finite mean."""
+    """A method's time over full fine-tuning's; where a run never arrives there is no mean, and all runs have to lie above."""
     if all(map(math.isfinite, ratios)):
-        interval = _mean_ratio(ratios, confidence)
+        interval = mean_ratio(ratios, confidence)
     else:
         interval = Interval(math.inf, min(ratios), math.inf, len(ratios))
     return Cell(name, interval, lies_within(interval, -math.inf, 1 - MARGIN))
 
 
+def _validation(record: Record) -> list[tuple[float, float]]:
+    """(update, validation loss) at each point of a run's curve."""
+    series = zip(record.series.get("curve_update", []), record.series.get("curve_validation_loss", []), strict=True)
+    return [(u, v) for u, v in series if u is not None and v is not None]
+
+
 def _updates_to(loss: float, start: float, record: Record) -> float:
     """Updates until the validation loss first falls to `loss`, on straight lines between the points; inf: never."""
-    series = zip(record.series.get("curve_update", []), record.series.get("curve_validation_loss", []), strict=True)
-    points = [(0.0, start), *((float(u), float(v)) for u, v in series if u is not None and v is not None)]
-    for (update, before), (next_update, after) in pairwise(points):
-        if after <= loss:
-            return update + (before - loss) / (before - after) * (next_update - update)
-    return math.inf
+    found = first_at_most([(0.0, start), *_validation(record)], loss)
+    return math.inf if found is None else found
 
 
-def _updates_ratios(evidence: Evidence, model: str, method: str) -> list[float]:
-    """By seed: how many updates the method needs to the target, over how many full fine-tuning needs.
+@dataclass(frozen=True)
+class Updates:
+    """How many updates a method needs to the target, over how many full fine-tuning needs, by seed."""
+
+    ratios: list[float]
+    unseen: bool
+    """Whether some run arrives before the first point of a curve: on the line from the start, where nothing was measured.
+    That a method never arrives is seen all the same."""
+
+
+def _updates_ratios(evidence: Evidence, model: str, method: str) -> Updates:
+    """Both at their chosen rates, seed by seed.
 
     Raises:
         ValueError: full fine-tuning did not lower the loss, so that there is no target.
     """
     own, full = _trained(evidence, model, method), _trained(evidence, model, FULL)
     start = evidence.select(f"{model}-base")[0].figure("validation_loss")
-    ratios = []
+    ratios, unseen = [], False
     for seed in sorted(own.keys() & full.keys()):
-        best = min(float(v) for v in full[seed].series["curve_validation_loss"] if v is not None)
+        best = min(loss for _, loss in _validation(full[seed]))
         if best >= start:
             raise ValueError(f"{model}: full fine-tuning did not lower the validation loss with seed {seed}")
         target = start + TARGET * (best - start)
-        ratios.append(_updates_to(target, start, own[seed]) / _updates_to(target, start, full[seed]))
-    return ratios
+        needed = [_updates_to(target, start, runs[seed]) for runs in (own, full)]
+        ratios.append(needed[0] / needed[1])
+        first = [_validation(runs[seed])[0][0] for runs in (own, full)]
+        unseen |= math.isfinite(needed[0]) and any(n < f for n, f in zip(needed, first, strict=True))
+    return Updates(ratios, unseen)
 
 
 def judge_faster(evidence: Evidence) -> Finding:
     """Two statements, each with its cells: the time of an update, and the time until the loss is reached."""
     cells = _cells(evidence)
     times = {cell: [r.figure("ratio") for r in _timed(evidence, f"time-{cell[1]}", cell[0])] for cell in cells}
-    updates = {(model, m): _updates_ratios(evidence, model, m) for model, m in cells if _has_curves(evidence, model, m)}
-    if not updates:
-        raise MissingEvidence("no curve of peft_vs_full for a method that was timed")
+    updates = {cell: _updates_ratios(evidence, *cell) for cell in _with_curves(evidence)}
     per_update = [_faster(_on(cell), ratios, bonferroni(len(times))) for cell, ratios in times.items()]
-    # Draws of the two factors are independent: any pairing of them gives draws of the product.
-    to_target = [
-        _faster(_on(cell), [u * t for u, t in zip(ratios, times[cell], strict=False)], bonferroni(len(updates)))
-        for cell, ratios in updates.items()
-    ]
+    to_target = []
+    for cell, needed in updates.items():
+        # Draws of the two factors are independent: any pairing of them gives draws of the product.
+        products = [u * t for u, t in zip(needed.ratios, times[cell], strict=False)]
+        found = _faster(_on(cell), products, bonferroni(len(updates)))
+        to_target.append(replace(found, answer="undecided") if needed.unseen else found)
     verdict = over_answers(cell.answer for cell in [*per_update, *to_target])
     slowest = max(per_update, key=lambda cell: cell.interval.high)
-    needed = ", ".join(f"{_on(cell)} {math.fsum(ratios) / len(ratios):.2f}" for cell, ratios in updates.items())
+    means = ", ".join(f"{_on(cell)} {math.fsum(u.ratios) / len(u.ratios):.2f}" for cell, u in updates.items())
+    unseen = [_on(cell) for cell, needed in updates.items() if needed.unseen]
     because = (
         f"{_words('time per update', per_update)}; {_words('time to the target loss', to_target)}; "
-        f"updates to it over full's: {needed}"
+        f"updates to it over full's: {means}"
     )
+    if unseen:
+        because += f"; undecided, since it is reached before the first point of a curve: {', '.join(unseen)}"
     return Finding.of(verdict, slowest.interval, "x full's time per update, the slowest method", because)
 
 
-def _has_curves(evidence: Evidence, model: str, method: str) -> bool:
-    return bool(_trained(evidence, model, method) and _trained(evidence, model, FULL))
+def _with_curves(evidence: Evidence) -> list[tuple[str, str]]:
+    """Model and method of what was timed and has curves, as full fine-tuning has.
+
+    Raises:
+        MissingEvidence: there is none.
+    """
+    found = [
+        (m, method) for m, method in _cells(evidence) if _trained(evidence, m, method) and _trained(evidence, m, FULL)
+    ]
+    if not found:
+        raise MissingEvidence("no curve of peft_vs_full for a method that was timed")
+    return found
 
 
 def _on(cell: tuple[str, str]) -> str:
@@ -259,7 +287,7 @@ def judge_costs_more(evidence: Evidence) -> Finding:
         timed = _timed(evidence, f"time-{method}", model)
         full, own = (evidence.select(f"peak-{m}", model=model)[0] for m in (FULL, method))
         add("FLOPs", cell, span(_first_over_second(timed, "flops")), MARGIN)
-        slower = _mean_ratio([1 / r.figure("ratio") for r in timed], bonferroni(len(cells)))
+        slower = mean_ratio([1 / r.figure("ratio") for r in timed], bonferroni(len(cells)))
         add("seconds", cell, slower, MARGIN)
         for kind in ("peak", "steady"):
             ratio = span([full.figure(f"{kind}_bytes") / own.figure(f"{kind}_bytes")])
@@ -313,23 +341,30 @@ def judge_quantised(evidence: Evidence) -> Finding:
     return Finding.of(verdict, span([c.interval.estimate for c in byte_cells]), "x LoRA's weights and peaks", because)
 
 
+def _quantised_models(evidence: Evidence) -> list[str]:
+    return sorted({model for r in evidence.select(QUANTISED) for model in r.spec.models()})
+
+
 def _quantised_times(evidence: Evidence) -> list[Cell]:
-    models = sorted({model for r in evidence.select(QUANTISED) for model in r.spec.models()})
+    models = _quantised_models(evidence)
     cells = []
     for model in models:
         ratios = [r.figure("ratio") for r in _timed(evidence, QUANTISED, model)]
-        times = _mean_ratio(ratios, bonferroni(len(models)))
+        times = mean_ratio(ratios, bonferroni(2 * len(models)))  # of time and of loss
         cells.append(Cell(f"time per update on {model}", times, lies_within(times, -math.inf, 1 + MARGIN)))
     return cells
 
 
 def _quantised_losses(evidence: Evidence) -> list[Cell]:
-    """The share of LoRA's progress in test loss that QLoRA lacks, where both were trained."""
-    timed = sorted({model for r in evidence.select(QUANTISED) for model in r.spec.models()})
-    models = [m for m in timed if _trained(evidence, m, "lora") and _trained(evidence, m, "qlora")]
+    """The share of LoRA's progress in test loss that QLoRA lacks; undecided where not both were trained."""
+    models = _quantised_models(evidence)
     cells = []
     for model in models:
         lora, qlora = (_trained(evidence, model, method) for method in ("lora", "qlora"))
+        if not (lora and qlora):
+            nothing = Interval(math.nan, -math.inf, math.inf, 0)
+            cells.append(Cell(f"progress lost on {model}, not trained,", nothing, "undecided"))
+            continue
         start = evidence.select(f"{model}-base")[0].figure("test_loss")
         pairs = [
             (qlora[s].figure("test_loss"), lora[s].figure("test_loss")) for s in sorted(lora.keys() & qlora.keys())
@@ -337,7 +372,7 @@ def _quantised_losses(evidence: Evidence) -> list[Cell]:
         progress = start - math.fsum(loss for _, loss in pairs) / len(pairs)
         if progress <= 0:
             raise ValueError(f"{model}: LoRA did not lower the test loss, so that there is no progress to keep")
-        lost = mean_interval([(own - loss) / progress for own, loss in pairs], bonferroni(len(models)))
+        lost = mean_interval([(own - loss) / progress for own, loss in pairs], bonferroni(2 * len(models)))
         cells.append(Cell(f"progress lost on {model}", lost, lies_within(lost, -math.inf, LOSS_MARGIN)))
     return cells
 
@@ -356,20 +391,67 @@ def _at(factor: float, yardstick: str, timings: dict[str, str]) -> Callable[[Evi
                 evidence = evidence.replace(f"{family}-{method}", by=f"{family}-{yardstick}")
         peaks = {f"peak-{method}" for method in timings}
 
-        def scaled(record: Record) -> Record:
-            figures: dict[str, float | None] = dict(record.figures)
+        def scaled(record: Record) -> dict[str, float]:
             if record.spec.arm in peaks:
-                names = ("weights_bytes", "peak_bytes", "steady_bytes")
-                figures |= {name: factor * record.figure(name) for name in names}
-            elif record.spec.arm in timings.values() and record.status == "ok":
-                costs = ("flops", "checkpoint_bytes")
-                figures |= {f"second_{name}": factor * record.figure(f"first_{name}") for name in costs}
-                figures["ratio"] = factor
-            return record.model_copy(update={"figures": figures})
+                return {n: factor * record.figure(n) for n in ("weights_bytes", "peak_bytes", "steady_bytes")}
+            if record.spec.arm in timings.values() and record.status == "ok":
+                costs = {n: factor * record.figure(f"first_{n}") for n in ("flops", "checkpoint_bytes")}
+                return {"ratio": factor, **{f"second_{name}": cost for name, cost in costs.items()}}
+            return {}
 
-        return Evidence([scaled(record) for record in evidence.records])
+        return _arriving(evidence.with_figures(scaled))
 
     return control
+
+
+def _beside_curves(control: Callable[[Evidence], Evidence]) -> Callable[[Evidence], Evidence]:
+    """The control where a method that was timed has its curves; elsewhere no time to a loss can be judged."""
+
+    def beside(evidence: Evidence) -> Evidence:
+        _with_curves(evidence)
+        return control(evidence)
+
+    return beside
+
+
+def _arriving(evidence: Evidence) -> Evidence:
+    """Every run reaches half of the way from its base's loss to none at the first point of its curve: seen, and known."""
+    changed = []
+    for record in evidence.records:
+        base = f"{record.spec.arm.partition('-')[0]}-base"
+        if _validation(record) and record.spec.arm != base and evidence.has(base):
+            half = evidence.select(base)[0].figure("validation_loss") / 2
+            curve = {"curve_update": [1.0, 2.0], "curve_validation_loss": [half, 0.0]}
+            record = record.model_copy(update={"series": {**record.series, **curve}})
+        changed.append(record)
+    return Evidence(changed)
+
+
+def a_fifth_lost(evidence: Evidence) -> Evidence:
+    """QLoRA whose test loss, seed by seed, is LoRA's and a fifth of LoRA's progress.
+
+    Raises:
+        MissingEvidence: on no model were both trained.
+    """
+    losses: dict[str, float] = {}
+    for model in _quantised_models(evidence):
+        lora, qlora = (_trained(evidence, model, method) for method in ("lora", "qlora"))
+        for seed in lora.keys() & qlora.keys():
+            start, end = evidence.select(f"{model}-base")[0].figure("test_loss"), lora[seed].figure("test_loss")
+            losses[qlora[seed].spec.name] = end + (start - end) / 5
+    if not losses:
+        raise MissingEvidence("no model on which LoRA and QLoRA were trained")
+    return evidence.with_figures(lambda r: {"test_loss": losses[r.spec.name]} if r.spec.name in losses else {})
+
+
+def at_twice_the_time(evidence: Evidence) -> Evidence:
+    """QLoRA whose updates take twice as long as LoRA's.
+
+    Raises:
+        MissingEvidence: it was not timed.
+    """
+    timed = {r.spec.name for r in evidence.select(QUANTISED)}
+    return evidence.with_figures(lambda r: {"ratio": 2.0} if r.spec.name in timed else {})
 
 
 OVER_FULL = {method: f"time-{method}" for method in METHODS}
@@ -389,8 +471,28 @@ def quality_memory_time(evidence: Evidence) -> dict[str, Line]:
         accuracy = mean_interval([r.figure("test_accuracy") for r in runs]).estimate
         peak = evidence.select(f"peak-{method}", model="tiny")[0].figure("peak_bytes") / 1e6
         ratios = [1.0] if method == FULL else [r.figure("ratio") for r in _timed(evidence, f"time-{method}", "tiny")]
-        lines[method] = Line([peak], [accuracy], area=[_mean_ratio(ratios, CONFIDENCE).estimate])
+        lines[method] = Line([peak], [accuracy], area=[mean_ratio(ratios, CONFIDENCE).estimate])
     return lines
+
+
+def undominated(lines: dict[str, Line]) -> set[str]:
+    """The methods that no other beats: none is as good in memory, accuracy and time, and better in one of them."""
+
+    def costs(line: Line) -> tuple[float, float, float]:
+        return line.x[0], -line.y[0], (line.area or [1.0])[0]
+
+    def beats(one: Line, other: Line) -> bool:
+        pairs = list(zip(costs(one), costs(other), strict=True))
+        return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+    return {name for name, line in lines.items() if not any(beats(other, line) for other in lines.values())}
+
+
+def pareto_points(evidence: Evidence) -> dict[str, Line]:
+    """`quality_memory_time`, with a star behind the names of the methods on the Pareto front."""
+    lines = quality_memory_time(evidence)
+    front = undominated(lines)
+    return {f"{name}*" if name in front else name: line for name, line in lines.items()}
 
 
 def _claim(
@@ -410,10 +512,14 @@ def _claim(
     )
 
 
+PAID: tuple[VerdictName, ...] = ("conditional", "refuted")
+"""Of bytes that fall at a price, and of a price alone."""
+
 COSTS_OF_FULL = {
-    "full fine-tuning as every method": _at(1.0, FULL, OVER_FULL),
-    "full fine-tuning at half its cost as every method": _at(0.5, FULL, OVER_FULL),
+    "full fine-tuning as every method": Control(_at(1.0, FULL, OVER_FULL), "refuted"),
+    "full fine-tuning at half its cost as every method": Control(_at(0.5, FULL, OVER_FULL), "supported"),
 }
+FASTER_THAN_FULL = {name: replace(each, change=_beside_curves(each.change)) for name, each in COSTS_OF_FULL.items()}
 
 EXPERIMENT = Experiment(
     name=NAME,
@@ -426,17 +532,21 @@ EXPERIMENT = Experiment(
             "peft-trains-faster",
             "parameter-efficient fine-tuning trains faster",
             f"each method's interval under {1 - MARGIN:.2f} x full's time, per update and to half of full's progress in "
-            "validation loss; 95 % over all methods together in each of the two",
+            "validation loss; 95 % over all methods together in each of the two; where a run never arrives no by count, if all "
+            "runs lie above; undecided where a run arrives before the first point of a curve",
             "time per update: alternated in one process, batches of 16 short rows on tiny; updates to the loss: each at its own "
-            "chosen learning rate, on straight lines between the points of its curve",
+            "chosen learning rate, on straight lines between the points of its curve; of equally accurate rates the smallest, "
+            "which makes full fine-tuning slower than it could be",
             judge_faster,
-            COSTS_OF_FULL,
+            FASTER_THAN_FULL,
             {
                 "supported": "Expect to wait less with any of these methods, for an update and for a result.",
                 "refuted": "Do not choose these methods for speed: take them for memory and for small files.",
                 "conditional": "Time some updates of your method, and count how many it needs: fewer gradients promise nothing.",
+                "inconclusive": "Do not plan with a speed-up: time some updates of your method and of full fine-tuning on your "
+                "card.",
             },
-            {"cpu": "conditional"},
+            {"cpu": "conditional", "full": "conditional"},
         ),
         _claim(
             "full-ft-costs-more",
@@ -450,35 +560,41 @@ EXPERIMENT = Experiment(
                 "supported": "Plan more of everything for full fine-tuning: operations, time, memory and disk.",
                 "refuted": "Do not rule full fine-tuning out for its cost before you have measured it.",
                 "conditional": "Choose by what you are short of: not every method saves operations, time, memory and disk alike.",
+                "inconclusive": "Measure operations, time, memory and disk of a short run both ways, and choose by what you are "
+                "short of.",
             },
-            {"cpu": "conditional"},
+            {"cpu": "conditional", "full": "conditional"},
         ),
         _claim(
             "quantised-peft-is-cheaper",
             "quantisation makes parameter-efficient fine-tuning cheaper still",
             f"QLoRA over LoRA: weights and peak under {1 - BYTES_MARGIN:.2f}, time under {1 + MARGIN:.2f}, at most "
-            f"{LOSS_MARGIN:.0%} of LoRA's progress in test loss lost; refuted if no bytes fall",
+            f"{LOSS_MARGIN:.0%} of LoRA's progress in test loss lost (both 95 % over all models together; undecided where not "
+            "trained); refuted if no bytes fall",
             "nf4, rank 8 on all linear layers; sim: bytes alone, bf16 under autocast; cpu: fp32, products on dequantised weights",
             judge_quantised,
             {
-                "LoRA as QLoRA": _at(1.0, "lora", OVER_LORA),
-                "LoRA at half its cost as QLoRA": _at(0.5, "lora", OVER_LORA),
+                "LoRA as QLoRA": Control(_at(1.0, "lora", OVER_LORA), "refuted"),
+                "LoRA at half its cost as QLoRA": Control(_at(0.5, "lora", OVER_LORA), "supported"),
+                "QLoRA that lost a fifth of the progress": Control(a_fifth_lost, PAID),
+                "QLoRA at twice the time": Control(at_twice_the_time, PAID),
             },
             {
                 "supported": "Take QLoRA instead of LoRA: it saves memory and costs nothing.",
                 "refuted": "Stay with LoRA: four bits save nothing here.",
                 "conditional": "Take QLoRA where weights fill the card; elsewhere it saves little, and dequantising takes time.",
+                "inconclusive": "Take QLoRA where LoRA does not fit; elsewhere compare peak and time of an update first.",
             },
-            {"cpu": "conditional", "sim": "conditional"},
+            {"cpu": "conditional", "full": "conditional", "sim": "conditional"},
         ),
     ),
     plots=(
         Plot(
             "quality-memory-time",
-            "Quality, memory and time on tiny (area: time per update)",
+            "Quality, memory and time on tiny (area: time per update; *: Pareto front)",
             "peak of an update, MB",
             "test accuracy",
-            quality_memory_time,
+            pareto_points,
             joined=False,
             named=True,
         ),

@@ -18,7 +18,7 @@ def prepare_smol(section: ModelsSection, workspace: Workspace) -> None:
         LabError: it cannot be had, or knows too little to have something to forget.
     """
     folder = workspace.model("smol")
-    models.prepare_smol(section, folder, workspace.build / "downloads")
+    models.prepare_smol(section, folder, workspace.downloads)
     model, tokenizer = models.load_model("smol", folder), models.load_tokenizer(folder)
     facts = data.capital_facts()
     answers = evaluation.recalls(model, evaluation.fact_rows(tokenizer, facts), facts)

@@ -131,3 +131,36 @@ def shown_bytes(peak_bytes: int, quick: bool = False) -> int:
 def slack(quick: bool) -> float:
     """What is added to a predicted peak, as a share of it."""
     return RESERVED_SHARE + (CLOSED_FORM_ERROR if quick else 0)
+
+
+# Arithmetic -----------------------------------------------------------------------------------------------------
+
+PEAKS = {
+    "H200": 989.4,  # NVIDIA H200 data sheet: 1,979 with sparsity, which is twice the dense
+    "H100 80GB": 989.4,  # SXM5: NVIDIA H100 architecture white paper, table 2
+    "H100 PCIE": 756.0,  # NVIDIA H100 PCIe product brief: 1,513 with sparsity
+    "A100": 312.0,  # NVIDIA A100 architecture white paper, table 1
+    "A10": 125.0,  # NVIDIA A10 data sheet
+    "L40S": 362.0,  # NVIDIA L40S data sheet: 733 with sparsity, 362.05 dense
+    "L4": 121.0,  # NVIDIA L4 data sheet: 242 with sparsity
+    "RTX 4090": 165.2,  # NVIDIA Ada white paper, appendix A: bf16 with fp32 accumulation
+    "RTX 3090": 71.0,  # NVIDIA GA102 white paper, appendix A: bf16 with fp32 accumulation
+    "T4": 65.0,  # NVIDIA T4 data sheet: fp16; it has no bf16
+    "V100 SXM2": 125.0,  # NVIDIA V100 data sheet: fp16; it has no bf16
+}
+"""TFLOP/s of dense matrix products in 16 bits by tensor cores, by the words of a card's name."""
+
+_OTHER = {"MIG", "NVL", "TI", "D", "LAPTOP", "SUPER", "MOBILE"}
+"""Words that make another card of a name, or a part of one."""
+
+
+def peak_flops(name: str) -> float | None:
+    """Operations a second that a card can do at most in 16 bits, by the name that torch or this module gives it.
+
+    None for a card whose peak is not in the table: then no share of it can be told.
+    """
+    words = set(re.split(r"[^A-Z0-9]+", name.upper()))
+    if words & _OTHER:
+        return None
+    found = [peak for known, peak in PEAKS.items() if set(known.split()) <= words]
+    return found[0] * 1e12 if len(found) == 1 else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -69,6 +69,13 @@ class Evidence:
         moved = [r.model_copy(update={"spec": r.spec.model_copy(update={"arm": arm})}) for r in self.select(by)]
         return Evidence([r for r in self.records if r.spec.arm != arm] + moved)
 
+    def with_figures(self, change: Callable[[Record], Mapping[str, float | None]]) -> Evidence:
+        """Evidence in which each record has the figures that `change` gives it beside or in place of its own.
+
+        For controls: a planted fault, or a known answer. A record for which `change` gives {} stays as it is.
+        """
+        return Evidence(r.model_copy(update={"figures": {**r.figures, **change(r)}}) for r in self.records)
+
     @property
     def unsuccessful(self) -> list[Record]:
         """The records of trials that ran out of memory, diverged or failed."""
@@ -88,6 +95,8 @@ class Evidence:
 class MissingEvidence(LabError):
     """A judge asked for records that are not there; the verdict is then `not run` or `inconclusive`."""
 
+
+DECIDED: tuple[VerdictName, ...] = ("supported", "refuted", "conditional")
 
 UNFIT = (LabError, ValueError, LookupError, ArithmeticError)
 """What a judge runs into on part of the evidence: no such record or figure, an unpaired seed, a division by nothing."""
@@ -129,6 +138,37 @@ def over_answers(answers: Iterable[Answer]) -> VerdictName:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """One regime of a claim: what was found there, and whether the claim holds there."""
+
+    name: str
+    interval: Interval
+    answer: Answer
+
+
+def in_words(title: str, cells: Sequence[Cell], form: Callable[[Interval], str]) -> str:
+    """The cells by answer, each with its interval in the form given."""
+    parts = []
+    for answer in ("yes", "no", "undecided"):
+        found = [f"{c.name} {form(c.interval)}" for c in cells if c.answer == answer]
+        parts += [f"{answer}: {', '.join(found)}"] if found else []
+    return f"{title} ({'; '.join(parts)})"
+
+
+@dataclass(frozen=True)
+class Control:
+    """Evidence with a fault planted in it, or with the answer known, and what a judge that can be trusted says of it."""
+
+    change: Callable[[Evidence], Evidence]
+    gives: VerdictName | tuple[VerdictName, ...]
+
+    @property
+    def given(self) -> tuple[VerdictName, ...]:
+        """The verdicts that are right."""
+        return (self.gives,) if isinstance(self.gives, str) else self.gives
+
+
+@dataclass(frozen=True)
 class Claim:
     """A statement that can be wrong, with everything that was fixed before its evidence."""
 
@@ -139,10 +179,10 @@ class Claim:
     threshold: str
     scope: str
     judge: Callable[[Evidence], Finding]
-    controls: Mapping[str, Callable[[Evidence], Evidence]]
-    """By name: evidence with a planted fault in it, or with the answer known. One at least must be judged otherwise."""
+    controls: Mapping[str, Control]
+    """By name: planted faults, and evidence with the answer known. Each must be judged as it declares."""
     advice: Mapping[str, str]
-    """One line for someone with one GPU, by verdict."""
+    """One line for someone with one GPU, by verdict: while the evidence does not decide, too."""
     stated: Mapping[str, VerdictName] = field(default_factory=dict)
     """The verdict that the committed evidence gave, by profile, and under `sim` that of the sim tier in any profile; a
     test compares, so that a change is noticed."""
@@ -263,10 +303,9 @@ def in_tier(records: Iterable[Record], tier: Tier) -> list[Record]:
 def judge(
     experiment: Experiment, claim: Claim, profile: str, tier: Tier, records: list[Record], planned: int
 ) -> Verdict:
-    """The verdict of a claim on one tier's records of a profile, and what the same judge says of the planted fault.
+    """The verdict of a claim on one tier's records of a profile, and what the same judge says of its controls.
 
-    A claim none of whose controls is judged otherwise is `inconclusive`: its check could not have failed. A control that
-    decides nothing, or whose own records are missing, does not count.
+    A verdict stands only if the controls show that the check can be trusted; they run where nothing is decided, too.
     """
     records = in_tier(records, tier)
     evidence = Evidence(records)
@@ -277,11 +316,11 @@ def judge(
         finding = _no_finding("not run", f"nothing has been measured under the profile {profile}")
     else:
         finding = _find(claim, evidence)
-        if finding.verdict in ("supported", "refuted", "conditional"):
-            answers = {name: _find(claim, evidence, change).verdict for name, change in claim.controls.items()}
-            control = ", ".join(f"{name}: {answer}" for name, answer in answers.items()) or "none"
-            if all(answer in (finding.verdict, "inconclusive", "not run") for answer in answers.values()):
-                finding = _no_finding("inconclusive", f"the check cannot fail (controls: {control})")
+        answers = judge_controls(claim, evidence)
+        control = ", ".join(f"{name}: {answer}" for name, answer in answers.items()) or "none"
+        fault = distrust(claim, finding.verdict, answers)
+        if fault and finding.verdict in DECIDED:
+            finding = _no_finding("inconclusive", f"the check is not to be trusted ({fault})")
     missing = planned - len(records)
     because = finding.because + (f"; {missing} of {planned} trials are missing" if records and missing > 0 else "")
     return Verdict(
@@ -297,12 +336,42 @@ def judge(
         n=finding.n,
         threshold=claim.threshold,
         scope="; ".join([claim.scope, *_measured_on(records)]),
-        advice=claim.advice.get(finding.verdict, "No advice: the evidence does not decide."),
+        advice=_advice(claim, finding.verdict),
         because=because,
         control=control,
         unsuccessful=len(evidence.unsuccessful),
         records=finding.records or tuple(f"{r.spec.experiment}/{r.spec.name}" for r in records),
     )
+
+
+def _advice(claim: Claim, verdict: VerdictName) -> str:
+    """The line for a verdict; one that a judge was not written to give leaves a person where nothing is decided."""
+    if verdict == "not run":
+        return "Nothing has been measured."
+    return claim.advice.get(verdict, claim.advice["inconclusive"])
+
+
+def judge_controls(claim: Claim, evidence: Evidence) -> dict[str, VerdictName]:
+    """What the claim's judge says of each of its controls; `not run` where a control's own records are missing."""
+    return {name: _find(claim, evidence, each.change).verdict for name, each in claim.controls.items()}
+
+
+def distrust(claim: Claim, verdict: VerdictName, answers: Mapping[str, VerdictName]) -> str:
+    """Why the answers to a claim's controls do not let its verdict stand; "" if they do.
+
+    Every control whose own records are there must be judged as it declares. Among them must be a planted fault, and one that
+    is judged otherwise than the evidence: a fault alone says nothing of `refuted`, a known answer alone nothing of a fault.
+    """
+    ran = {name: answer for name, answer in answers.items() if answer != "not run"}
+    for name, answer in ran.items():
+        given = claim.controls[name].given
+        if answer not in given:
+            return f"control {name} gave {answer}, should give {' or '.join(given)}"
+    if not any(answer in ("refuted", "conditional") for answer in ran.values()):
+        return "no planted fault could be tried"
+    if all(answer in (verdict, "inconclusive") for answer in ran.values()):
+        return f"every control gave {verdict} too"
+    return ""
 
 
 def _find(claim: Claim, evidence: Evidence, change: Callable[[Evidence], Evidence] | None = None) -> Finding:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from lab.fit import fit
 
 if TYPE_CHECKING:
     from lab.claims import Verdict
+    from lab.device import Card
+    from lab.forecast import Row
     from lab.study import Study
 
 app = typer.Typer(
@@ -61,40 +64,103 @@ def _study(profile: str | None) -> Study:
 
 @app.command()
 def study(
+    experiments: Annotated[Optional[list[str]], typer.Argument(help="Which ones; all if none is named.")] = None,  # noqa: UP045
     profile: ProfileOption = None,
     force: Annotated[bool, typer.Option(help="Measure again even what is up to date.")] = False,
 ) -> None:
-    """Run the whole pipeline with `dvc repro` and print the verdicts. Stop it anywhere; it goes on where it was."""
+    """Run the pipeline with `dvc repro` and print the verdicts. Stop it anywhere; it goes on where it was."""
     from lab.records import check_writable
     from lab.study import reproduce
     from lab.trials import study_lock
 
     chosen = _study(profile)
+    named = [chosen.registry.experiment(name) for name in experiments or ()]
+    # A judge may read other experiments: their records are needed too, and theirs come first.
+    wanted = list(dict.fromkeys(name for each in named for name in (*each.reads, each.name)))
     chosen.check_names()
-    chosen.require_device()
+    card = chosen.require_device()
     check_writable(chosen.workspace.results)
+    if card:
+        from lab.forecast import print_forecast
+
+        print_forecast(card, _forecast_rows(chosen, card, wanted))
     with _interruptible(), study_lock(chosen.workspace):
-        code = reproduce(chosen.workspace, force)
+        code = reproduce(chosen.workspace, force, wanted)
     if code:
         print(f"lab study: dvc repro ended with {code}; its last lines say why. Start again to go on.", file=sys.stderr)
         raise typer.Exit(2 if code == 2 else 1)
-    _print_table(_study(profile).verdicts)
+    _print_table([v for v in _study(profile).verdicts if v.experiment in wanted or not wanted])
 
 
 @app.command()
 def run(experiment: str, profile: ProfileOption = None) -> None:
     """Run the trials of one experiment that have no valid record yet. A DVC stage."""
     from lab.progress import Reporter, warn
-    from lab.records import check_writable
+    from lab.records import check_writable, write_text
     from lab.trials import run_trials, study_lock
 
     chosen = _study(profile)
     chosen.registry.experiment(experiment)
-    chosen.require_device()
+    card = chosen.require_device()
     specs = chosen.read_plan(experiment)
     check_writable(chosen.workspace.results)
+    if not specs:  # the stage's folder has to be there, and git keeps no empty one
+        note = f"The profile {chosen.workspace.profile} plans no trial of {experiment}.\n"
+        write_text(chosen.workspace.results / experiment / "nothing-planned.txt", note)
+    shortfall = chosen.forecast(card).shortfall if card else None
     with _interruptible(), study_lock(chosen.workspace, "run"), Reporter(experiment, chosen) as reporter:
-        run_trials(specs, chosen.workspace, chosen.profile.threads, chosen.profile.device, reporter, warn)
+        run_trials(
+            specs, chosen.workspace, chosen.profile.threads, chosen.profile.device, reporter, warn, shortfall=shortfall
+        )
+
+
+@app.command()
+def forecast(
+    experiments: Annotated[Optional[list[str]], typer.Argument(help="Which ones; all if none is named.")] = None,  # noqa: UP045
+    profile: Annotated[str, typer.Option("--profile", "-p", help="A profile of params.yaml for a CUDA GPU.")] = "gpu",
+    gpu: Annotated[Optional[str], typer.Option(help="A card by name: lab fit --list gpus.")] = None,  # noqa: UP045
+    vram: Annotated[Optional[float], typer.Option(help="A card by its size in GB.", min=1, max=9999)] = None,  # noqa: UP045
+    as_json: JsonOption = False,
+) -> None:
+    """What a profile asks of a card, the one here or another: memory, minutes, what does not fit (then exit 1)."""
+    from lab.device import Card
+    from lab.forecast import as_dict, print_forecast
+
+    chosen = _study(profile)
+    named = [chosen.registry.experiment(name).name for name in experiments or ()]
+    card = Card.named(gpu).limited(vram) if gpu else Card.sized(vram) if vram else _card_here(chosen)
+    rows = _forecast_rows(chosen, card, named)
+    if as_json:
+        print(json.dumps(as_dict(card, rows), indent=1))
+    else:
+        print_forecast(card, rows)
+    raise typer.Exit(1 if any(row.unfit for row in rows) else 0)
+
+
+def _card_here(chosen: Study) -> Card:
+    """The card that is here.
+
+    Raises:
+        LabError: there is none, others hold memory on it, or the profile wants none.
+    """
+    from lab.device import Card
+
+    chosen.forecast(Card("any", 0, 0))
+    try:
+        card = chosen.require_device()
+    except LabError as error:
+        raise LabError(f"{error} For a card that is not here: lab forecast --gpu NAME, or --vram GB.") from None
+    assert card is not None
+    return card
+
+
+def _forecast_rows(chosen: Study, card: Card, wanted: list[str]) -> list[Row]:
+    """What each experiment asks for; all where none is wanted."""
+    from rich.console import Console
+
+    plans = {name: chosen.plan(e) for name, e in chosen.registry.experiments.items() if name in wanted or not wanted}
+    with Console(stderr=True).status("Asking lab fit what the trials need") as status:
+        return list(chosen.forecast(card).rows(plans, lambda name: status.update(f"Asking lab fit: {name}")))
 
 
 @app.command()
@@ -146,38 +212,130 @@ def claims(profile: ProfileOption = None, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def verdicts(profile: ProfileOption = None, as_json: JsonOption = False) -> None:
+def explain(claim: str, profile: ProfileOption = None) -> None:
+    """One page on a claim: what was found, how sure it is, where it flips, what to do, and how to run it again."""
+    from lab.explain import page
+
+    print(page(_study(profile), claim), end="")
+
+
+@app.command()
+def verdicts(
+    profile: ProfileOption = None,
+    as_json: JsonOption = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the rows of the table in README.md.")] = False,
+) -> None:
     """Judge the records and print the verdicts; exit 1 if a claim is refuted. Without --profile: of every profile."""
     from dataclasses import asdict
 
     from lab.study import tidy
 
     first = _study(profile)
-    names = [profile] if profile else [n for n in first.params.profiles if n in ("gpu",) or _has_results(first, n)]
+    names = [profile] if profile else _judged(first)
     found = [verdict for name in names for verdict in _study(name).verdicts]
     if as_json:
         print(json.dumps(tidy([asdict(verdict) for verdict in found]), indent=1, ensure_ascii=False))
+    elif markdown:
+        from lab.progress import markdown_row
+
+        print("\n".join(map(markdown_row, found)))
     else:
         _print_table(found)
     raise typer.Exit(1 if any(verdict.verdict == "refuted" for verdict in found) else 0)
 
 
-def _has_results(study: Study, profile: str) -> bool:
-    return (study.workspace.root / "results" / profile).is_dir()
+def _judged(study: Study) -> list[str]:
+    """The profiles that have results, with those of GPUs elsewhere; where no GPU has run anything, `gpu` says so."""
+    from lab.study import imported
+
+    results = study.workspace.root / "results"
+    elsewhere = imported(results)
+    here = [n for n in study.params.profiles if (results / n).is_dir() or (n == "gpu" and not elsewhere)]
+    return here + elsewhere
 
 
 @app.command()
 def log(profile: ProfileOption = None) -> None:
     """Log records that MLflow does not have yet, after the server was down or from a fresh clone."""
+    _log(_study(profile))
+
+
+def _log(study: Study) -> None:
+    """Put every record of the study into MLflow, and its plots."""
     from lab.tracking import Tracker
 
-    chosen = _study(profile)
-    tracker = Tracker.open(chosen.workspace, print)
-    for name, experiment in chosen.registry.experiments.items():
-        for record in sorted(chosen.evidence(name)[0], key=lambda record: record.provenance.started):
+    tracker = Tracker.open(study.workspace, print)
+    for name, experiment in study.registry.experiments.items():
+        for record in sorted(study.evidence(name)[0], key=lambda record: record.provenance.started):
             tracker.log(record, [claim.id for claim in experiment.claims])
-        tracker.log_artifacts(name, chosen.plots(experiment))
+        tracker.log_artifacts(name, study.plots(experiment))
     tracker.close()
+
+
+@app.command()
+def bundle(
+    profile: ProfileOption = "gpu",
+    parts: Annotated[int, typer.Option(min=0, help="Add SmolLM2's 98 MB file, in so many parts.")] = 0,
+    cuda: Annotated[str, typer.Option(help="CUDA of the machine's torch: 130 is 13.0.")] = "130",
+    python: Annotated[str, typer.Option(help="Python of the machine.")] = "3.12",
+) -> None:
+    """Build a folder that runs the profile on a machine without a network."""
+    from lab.bundle import build, default_folder
+
+    chosen = _study(profile)
+    for folder in build(chosen, default_folder(chosen.workspace.root), parts, cuda, python):
+        length = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        print(f"{folder}: {length / 2**20:.1f} MiB")
+    print("Copy these folders there, side by side, and start: python run.py --minutes 9")
+
+
+@app.command()
+def offline(
+    profile: ProfileOption = None,
+    minutes: Annotated[float, typer.Option(min=0, help="Stop after so many; start again to go on.")] = 9.0,
+    device: Annotated[Optional[str], typer.Option(help="What the profile must be for: cuda or cpu.")] = None,  # noqa: UP045
+    only: Annotated[Optional[list[str]], typer.Option(help="An experiment; may be given again.")] = None,  # noqa: UP045
+    out: Annotated[Path, typer.Option(help="The file of records.")] = Path("records.jsonl.gz"),
+) -> None:
+    """Run trials without DVC and MLflow, the most valuable first, until the time is up. What a bundle starts."""
+    from lab.offline import measure, order, pack
+    from lab.progress import Reporter
+
+    chosen = _study(profile)
+    if device not in (None, chosen.profile.device):
+        raise LabError(
+            f"--device {device}: the profile {chosen.workspace.profile} is for {chosen.profile.device}. "
+            "Build a bundle of another profile: lab bundle --profile smoke"
+        )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # how a cluster ends a job
+    chosen.require_device()  # before a file is written
+    try:
+        with _interruptible():
+            done = measure(chosen, order(chosen, only or ()), minutes, lambda e: Reporter(e.name, chosen), print)
+    finally:
+        print(f"{pack(chosen, out)} records are in {out.resolve()}. File them: lab import {out.name}")
+    if not done:
+        print(f"The {minutes:g} minutes are over, and trials are left. Start again to go on.")
+
+
+@app.command("import")
+def import_records(
+    file: Annotated[Path, typer.Argument(help="The records.jsonl.gz that a bundle left.")],
+    into: Annotated[Optional[Path], typer.Option(help="Another folder than results/: for a rehearsal.")] = None,  # noqa: UP045
+) -> None:
+    """Check what a GPU elsewhere has measured, file it under results/gpu-<device>/, and judge it."""
+    from lab.importing import file_records, name_metrics
+
+    filed = file_records(_study(None), file, into)
+    counts = f"{filed.fresh} new, {filed.replaced} newer than before, {filed.kept} kept as they were"
+    print(f"{(into or Path('results')) / filed.folder}: {counts}")
+    if into:
+        return
+    judged = _study(filed.folder)
+    judged.write_verdicts()
+    name_metrics(judged.workspace.root / "dvc.yaml", filed.folder)
+    _log(judged)
+    _print_table([verdict for verdict in judged.verdicts if verdict.verdict != "not run"])
 
 
 @app.command()

@@ -16,19 +16,19 @@ MARK = Path(sys.prefix) / "lab-installation"
 """Lies in the virtual environment, so that it goes with it."""
 
 
-def installation() -> str:
-    """The id of this virtual environment, drawn at its first use."""
-    if not MARK.is_file():
-        records.write_text(MARK, uuid.uuid4().hex + "\n")
-    return MARK.read_text(encoding="utf-8").strip()
+def installation(mark: Path = MARK) -> str:
+    """The id of this virtual environment, or of a bundle where it was unpacked, drawn at its first use."""
+    if not mark.is_file():
+        records.write_text(mark, uuid.uuid4().hex + "\n")
+    return mark.read_text(encoding="utf-8").strip()
 
 
-def describe_environment() -> dict[str, object]:
+def describe_environment(mark: Path = MARK) -> dict[str, object]:
     """Versions, processor, threads and the installation, with the hash of all of these as `id`."""
     python, platform = records.describe_python()
     processor, memory = records.describe_device("cpu")
     facts: dict[str, object] = {
-        "installation": installation(),
+        "installation": installation(mark),
         "python": python,
         "platform": platform,
         "processor": processor,
@@ -40,6 +40,6 @@ def describe_environment() -> dict[str, object]:
     return {"id": hashlib.sha256(text.encode()).hexdigest()[:16], **facts}
 
 
-def write_environment(workspace: Workspace) -> None:
+def write_environment(workspace: Workspace, mark: Path = MARK) -> None:
     """Write the environment file; every training stage depends on it."""
-    records.write_text(workspace.environment, json.dumps(describe_environment(), indent=1) + "\n")
+    records.write_text(workspace.environment, json.dumps(describe_environment(mark), indent=1) + "\n")

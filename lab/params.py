@@ -92,12 +92,20 @@ class Profile(BaseModel):
         return dict(self.model_extra or {})
 
 
+class BundleSection(Section):
+    """What runs first where a GPU is lent for minutes."""
+
+    order: tuple[str, ...] = ()
+    """Experiments, the most valuable first; those that are not named come after them."""
+
+
 class Params(Section):
     """The whole of params.yaml."""
 
     profile: str
     models: ModelsSection
     data: DataSection
+    bundle: BundleSection = BundleSection()
     profiles: dict[str, Profile]
 
     def select(self, profile: str | None = None) -> Profile:

@@ -102,6 +102,12 @@ def verdict_table(found: Sequence[Verdict], console: Console | None = None) -> N
         console.print(table)
 
 
+def markdown_row(verdict: Verdict) -> str:
+    """A verdict as a row of the table in README.md."""
+    size = "-" if verdict.effect is None else effect(verdict)
+    return f"| `{verdict.claim}` | {verdict.tier} | {verdict.verdict} | {size} | {verdict.n} | {verdict.advice} |"
+
+
 def _console() -> Console:
     """The terminal, or, where the output goes to a file, a page wide enough for the table."""
     console = Console()

@@ -47,6 +47,8 @@ class Provenance(BaseModel):
     platform: str
     device: str
     device_memory_bytes: int
+    driver: str = ""
+    """Of a GPU."""
     threads: int
     started: str
     seconds: float
@@ -258,8 +260,15 @@ _NOT_SOURCE = ("results/", "dvc.lock", "README.md")
 """What a study writes itself, or what cannot change a number: not a reason to call the tree dirty."""
 
 
+BUNDLED = "bundled-from.json"
+"""In a bundle: the commit that its files are of. They are checked before anything runs."""
+
+
 def git_state(root: Path) -> tuple[str, bool]:
-    """The commit, and whether a tracked or new file differs from it. `unknown` and dirty outside a repository."""
+    """The commit, and whether a tracked or new file differs from it. `unknown` and dirty outside a repository and a bundle."""
+    if (root / BUNDLED).is_file():
+        bundled = json.loads((root / BUNDLED).read_text(encoding="utf-8"))
+        return bundled["commit"], bundled["dirty"]
     try:
         commit = _git(root, "rev-parse", "HEAD")
         lines = _git(root, "status", "--porcelain", "--untracked-files=normal").splitlines()
@@ -269,6 +278,14 @@ def git_state(root: Path) -> tuple[str, bool]:
     if "params.yaml" in changed and _only_profile_changed(root):
         changed.remove("params.yaml")
     return commit, any(not path.startswith(_NOT_SOURCE) for path in changed)
+
+
+def has_commit(root: Path, commit: str) -> bool:
+    """Whether the repository has a commit of this name."""
+    try:
+        return _git(root, "cat-file", "-t", commit) == "commit"
+    except (OSError, subprocess.CalledProcessError):
+        return False
 
 
 def _only_profile_changed(root: Path) -> bool:
@@ -308,6 +325,17 @@ def describe_device(device: str) -> tuple[str, int]:
         properties = torch.cuda.get_device_properties(0)
         return properties.name, int(properties.total_memory)
     return _processor(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def describe_driver(device: str) -> str:
+    """The version of a GPU's driver; empty for a processor."""
+    if device != "cuda":
+        return ""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown: no nvidia-smi"
 
 
 def _processor() -> str:

@@ -5,7 +5,7 @@ the mean by Student's t, pairs subtracted before anything else, margins given fr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,18 +86,59 @@ def lies_above(interval: Interval, bound: float) -> Answer:
     return lies_within(interval, bound, math.inf)
 
 
+def mean_ratio(ratios: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """The geometric mean of ratios, with the interval of their logarithms: turned upside down it is that of the inverses.
+
+    Raises:
+        ValueError: no ratio, or one that is not positive.
+    """
+    if min(ratios, default=0) <= 0:
+        raise ValueError(f"a mean ratio needs positive values, got {list(ratios)}")
+    logs = mean_interval([math.log(ratio) for ratio in ratios], confidence)
+    return Interval(math.exp(logs.estimate), math.exp(logs.low), _exp(logs.high), logs.n)
+
+
+def _exp(value: float) -> float:
+    """e^value, infinite where that is too large for a float."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+def first_at_most(points: Iterable[tuple[float, float]], level: float) -> float | None:
+    """The first x at which y is at most `level`, on straight lines between points `(x, y)`; None: never."""
+    before: tuple[float, float] | None = None
+    for x, y in points:
+        if y <= level:
+            return x if before is None else before[0] + (x - before[0]) * (before[1] - level) / (before[1] - y)
+        before = (x, y)
+    return None
+
+
+def slope(x: Sequence[float], y: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """The b of y = a + b x by least squares, with its t interval.
+
+    Raises:
+        ValueError: fewer than three points, or all at one x.
+    """
+    from scipy import stats
+
+    if len(x) < 3 or min(x) == max(x):
+        raise ValueError(f"a slope needs three points and two values of x, got {list(zip(x, y, strict=True))}")
+    if min(y) == max(y):  # scipy divides by their spread
+        return Interval(0.0, 0.0, 0.0, len(x))
+    fit = stats.linregress(x, y)
+    half = float(stats.t.ppf((1 + confidence) / 2, len(x) - 2)) * float(fit.stderr)
+    return Interval(float(fit.slope), float(fit.slope) - half, float(fit.slope) + half, len(x))
+
+
 def exponent(x: Sequence[float], y: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """The b of y = a x^b by least squares on logarithms, with the t interval of the slope.
 
     Raises:
         ValueError: fewer than three points, or one that is not positive.
     """
-    from scipy import stats
-
     if len(x) < 3 or min(*x, *y) <= 0:
         raise ValueError(f"an exponent needs three positive points, got {list(zip(x, y, strict=True))}")
-    if min(y) == max(y):  # scipy divides by their spread
-        return Interval(0.0, 0.0, 0.0, len(x))
-    fit = stats.linregress([math.log(v) for v in x], [math.log(v) for v in y])
-    half = float(stats.t.ppf((1 + confidence) / 2, len(x) - 2)) * float(fit.stderr)
-    return Interval(float(fit.slope), float(fit.slope) - half, float(fit.slope) + half, len(x))
+    return slope([math.log(v) for v in x], [math.log(v) for v in y], confidence)

@@ -9,15 +9,16 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lab import records
+from lab import device, records
 from lab.claims import Evidence, Experiment, Registry, Tier, Verdict, discover, in_tier, judge
+from lab.device import Card
 from lab.errors import LabError
 from lab.params import Params, Profile, load_params
 from lab.plots import Plot
@@ -26,6 +27,9 @@ from lab.specs import Plan, Setup, Sweep, Training, TrialSpec, templates
 from lab.sweeps import expand
 from lab.trials import shape_fingerprint
 from lab.workspace import Workspace
+
+if TYPE_CHECKING:
+    from lab.forecast import Forecast
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,14 @@ class Study:
         if str(root.resolve()) not in sys.path:
             sys.path.insert(0, str(root.resolve()))
         params = load_params(root / "params.yaml")
-        name = profile or params.profile
+        name, device = _with_device(profile or params.profile, params, root / "results")
         params.select(name)
         registry = discover()
         for each in params.profiles:
             registry.check_profile(params.profiles[each], f"params.yaml: profiles.{each}")
-        return cls(params, registry, Workspace(root, name))
+        for each in params.bundle.order:
+            registry.experiment(each)
+        return cls(params, registry, Workspace(root, name, device=device))
 
     @property
     def profile(self) -> Profile:
@@ -65,18 +71,18 @@ class Study:
         return "gpu" if self.profile.device == "cuda" else "cpu"
 
     @property
-    def tiers(self) -> tuple[Tier, Tier]:
-        """That of the device, and the simulated one."""
-        return (self.tier, "sim")
+    def tiers(self) -> tuple[Tier, ...]:
+        """That of the device, and the simulated one, which needs no GPU elsewhere."""
+        return (self.tier,) if self.workspace.device else (self.tier, "sim")
 
-    def require_device(self) -> None:
-        """The profile's device is there.
+    def require_device(self) -> Card | None:
+        """The profile's device is there, and nobody else's: the card of a CUDA profile, None of one for the processor.
 
         Raises:
-            LabError: a CUDA profile without a CUDA GPU.
+            LabError: a CUDA profile without a CUDA GPU, or others hold memory on it.
         """
         if self.profile.device != "cuda":
-            return
+            return None
         import torch
 
         if not torch.cuda.is_available():
@@ -85,6 +91,25 @@ class Study:
                 f"profile '{self.workspace.profile}' needs a CUDA GPU; {build} finds none. "
                 "Choose --profile cpu, or install a CUDA build of torch on a machine with a GPU."
             )
+        limit = device.limit_gib()
+        card = device.card_here()
+        device.require_free(card)
+        return card.limited(limit)
+
+    def forecast(self, card: Card) -> Forecast:
+        """What the trials of the profile ask of a card.
+
+        Raises:
+            LabError: the profile runs on the processor.
+        """
+        from lab.forecast import Forecast
+
+        if self.profile.device != "cuda":
+            raise LabError(
+                f"profile '{self.workspace.profile}' runs on the processor, so that no card has to hold it. "
+                "Choose one for a CUDA GPU: --profile gpu"
+            )
+        return Forecast(card, self.workspace, self.profile)
 
     # Plan -------------------------------------------------------------------------------------------------------
 
@@ -178,10 +203,18 @@ class Study:
                 names = {spec.name for spec in wanted}
                 specs += wanted
                 kept += [record for record in found_there if record.spec.name in names]
+            if not any(record.spec.experiment == experiment.name for record in kept):
+                kept = []  # what it reads of others is no evidence by itself
             planned = Counter[Tier](spec.tier or self.tier for spec in specs)
             for claim, tier in product(experiment.claims, self.tiers):
                 if tier in claim.tiers and (planned[tier] or tier != "sim"):
-                    found.append(judge(experiment, claim, self.workspace.profile, tier, kept, planned[tier]))
+                    found.append(judge(experiment, claim, self.workspace.label, tier, kept, planned[tier]))
+            # What only a GPU can show is not left out of a profile without one: it says that it was not run.
+            found += [
+                judge(experiment, claim, self.workspace.label, "gpu", [], 0)
+                for claim in experiment.claims
+                if claim.tiers == ("gpu",) and self.tier != "gpu"
+            ]
         return found
 
     def stale(self, experiment: Experiment) -> list[str]:
@@ -192,7 +225,8 @@ class Study:
         for spec in self._decided(experiment, found):
             record = by_name.get(spec.name)
             if record is None:
-                reasons.append(f"{spec.name} is missing")
+                if not self.workspace.device:  # a lent GPU may not have come to the end
+                    reasons.append(f"{spec.name} is missing")
             elif record.spec != spec:
                 reasons.append(f"{spec.name} was measured with other settings")
             elif record.provenance.code != records.code_fingerprint(
@@ -226,7 +260,20 @@ class Study:
         for experiment in self.registry.experiments.values():
             found = self.all_evidence(experiment)
             for plot, tier in product(experiment.plots, self.tiers):
-                draw(plot, Evidence(in_tier(found, tier)), self._plot_path(plot, tier))
+                path = self._plot_path(plot, tier)
+                if draw(plot, Evidence(in_tier(found, tier)), path) is None:
+                    path.unlink(missing_ok=True)  # of records that are no longer there
+
+
+def imported(results: Path) -> list[str]:
+    """The folders below `results` with the records of a GPU elsewhere: `gpu-h100`."""
+    return sorted(path.name for path in results.glob("gpu-*") if path.is_dir())
+
+
+def _with_device(name: str, params: Params, results: Path) -> tuple[str, str]:
+    """The profile and the device of a name: `gpu-h100` is the profile `gpu` measured on an h100, where that was imported."""
+    profile, _, device = name.partition("-")
+    return (profile, device) if name not in params.profiles and name in imported(results) else (name, "")
 
 
 def tidy(value: Any) -> Any:
@@ -254,10 +301,15 @@ def set_profile(path: Path, profile: str) -> str:
     return before
 
 
-def reproduce(workspace: Workspace, force: bool = False) -> int:
+def reproduce(workspace: Workspace, force: bool = False, experiments: Sequence[str] = ()) -> int:
     """`dvc repro` with the profile of the workspace; params.yaml is put back afterwards.
 
     The text from before lies in `.lab` meanwhile, so that a study which was killed is put right by the next one.
+
+    Args:
+        experiments: the ones to run, with what they need; then what is there is judged. None named: the whole pipeline.
+    Returns:
+        The exit code of dvc.
     """
     _drop_damaged_rwlock(workspace.root / ".dvc" / "tmp" / "rwlock")
     kept = workspace.lock("study").with_name("params.before.yaml")
@@ -270,7 +322,12 @@ def reproduce(workspace: Workspace, force: bool = False) -> int:
     before = set_profile(workspace.params, workspace.profile)
     try:
         command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if force else [])]
-        return subprocess.run(command, cwd=workspace.root).returncode
+        stages = [f"trials@{name}" for name in experiments]
+        code = subprocess.run([*command, *stages], cwd=workspace.root).returncode
+        if stages and not code:  # the stage `verdicts` waits for all experiments
+            judge_it = [sys.executable, "-m", "lab.cli", "judge", "--profile", workspace.profile]
+            code = subprocess.run(judge_it, cwd=workspace.root).returncode
+        return code
     finally:
         records.write_text(workspace.params, before)
         kept.unlink()

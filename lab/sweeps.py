@@ -72,13 +72,19 @@ def best_rate(records: Sequence[Record], by: Criterion = "accuracy") -> float:
 
     A run that gave no score counts as the worst. The smaller of two equal rates is chosen: it changes the model less.
     """
-    seeds = set.intersection(*({r.setting("seed") for r in with_rate(records, rate)} for rate in rates(records)))
+    shared = on_common_seeds(records)
 
     def score(rate: float) -> float:
-        found = [_score(r, by) for r in with_rate(records, rate) if r.setting("seed") in seeds]
+        found = [_score(r, by) for r in with_rate(shared, rate)]
         return math.fsum(found) / len(found) if all(map(math.isfinite, found)) else -math.inf
 
     return max(rates(records), key=lambda rate: (score(rate), -rate))
+
+
+def on_common_seeds(records: Sequence[Record]) -> list[Record]:
+    """The records of those seeds that every rate was tried with."""
+    seeds = set.intersection(*({r.setting("seed") for r in with_rate(records, rate)} for rate in rates(records)))
+    return [record for record in records if record.setting("seed") in seeds]
 
 
 def at_best(records: Sequence[Record], by: Criterion = "accuracy") -> list[Record]:

@@ -116,7 +116,7 @@ class Tracker:
                     return
                 elif "replaced_by" not in run.data.tags:
                     outdated.append(run.info.run_id)
-            run_id = self._log_run(client, experiment, parent, record, _tags(self.workspace.profile, record, claims))
+            run_id = self._log_run(client, experiment, parent, record, _tags(self.workspace.label, record, claims))
             for older in outdated:
                 client.set_tag(older, "replaced_by", run_id)
 
@@ -189,14 +189,14 @@ class Tracker:
         name, origin = record.spec.experiment, record.provenance
         experiment = self._experiment(client, name, claims)
         state = "dirty" if origin.dirty else "clean"
-        study = f"{self.workspace.profile} {origin.commit} {state}".replace("'", "")
+        study = f"{self.workspace.label} {origin.commit} {state}".replace("'", "")
         if (name, study) not in self._parents:
             found = _search(client, experiment, {"study": study})
             if found:
                 parent = _Parent(found[0].info.run_id, found[0].info.end_time or 0)
             else:
-                title = f"{self.workspace.profile} {origin.commit[:7]}{' dirty' if origin.dirty else ''}"
-                tags = {"study": study, **_study_tags(self.workspace.profile, record, claims)}
+                title = f"{self.workspace.label} {origin.commit[:7]}{' dirty' if origin.dirty else ''}"
+                tags = {"study": study, **_study_tags(self.workspace.label, record, claims)}
                 run = client.create_run(experiment, start_time=_times(record)[0], tags=tags, run_name=title)
                 parent = _Parent(run.info.run_id, 0)
             self._parents[name, study] = parent
@@ -237,7 +237,7 @@ class Tracker:
         found = client.get_experiment_by_name(experiment)
         if found is None:
             return None
-        runs = _search(client, found.experiment_id, {"profile": self.workspace.profile, "kind": "study"})
+        runs = _search(client, found.experiment_id, {"profile": self.workspace.label, "kind": "study"})
         return runs[0].info.run_id if runs else None
 
     # Trouble ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import datetime
 import fcntl
 import json
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from lab import records
+from lab.device import LIMIT, limit_allocator, limit_gib, size_bytes
 from lab.errors import LabError
+from lab.grouped_queries import count_grouped_queries
 from lab.models import shapes
 from lab.records import Provenance, Record, Status
 from lab.specs import Plan, Simulation, TrialSpec, templates
@@ -36,6 +39,23 @@ PRELOAD = [
     "transformers.models.llama.modeling_llama",
 ]
 """Imported once by the server from which trials are forked: 12 s that no trial pays again."""
+
+PRELOAD_FOR_CUDA = [
+    "lab.trials",
+    "torch",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+]
+"""The same where trials use a GPU: no module that starts CUDA when it is imported, as bitsandbytes does, and PEFT and the
+Trainer, which import it. A process that is forked after CUDA has started cannot use it."""
+
+NOT_DEFAULT = (
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "CUBLAS_WORKSPACE_CONFIG",
+)
+"""Variables that change bytes or digits on a GPU, and that clusters and containers set: a trial has torch's defaults."""
 
 # On import it asks for a package that is not needed; the server, which imports this module first, would print that.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -54,8 +74,32 @@ class Progress:
     seconds_left: float | None
 
 
+class TimeIsUp(Exception):
+    """The time that was given is over, and trials are left. What was measured is kept.
+
+    Attributes:
+        ended: the trials under way, which have no record, with the seconds that each had.
+    """
+
+    def __init__(self, ended: dict[str, float] | None = None):
+        super().__init__("the time is up")
+        self.ended = ended or {}
+
+
 Report = Callable[[Record, Progress, bool], None]
 """Called for each record, with whether it was already there."""
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """Why a trial does not fit the card: its predicted peak, and that in words."""
+
+    predicted_bytes: int
+    message: str
+
+
+PREDICTED = "predicted_peak_bytes"
+"""The figure of a trial that was not run because it would not have fitted."""
 
 
 def run_trials(
@@ -65,13 +109,23 @@ def run_trials(
     device: str,
     report: Report,
     warn: Callable[[str], None],
+    deadline: float = math.inf,
+    shortfall: Callable[[TrialSpec], Shortfall | None] | None = None,
+    lenient: bool = False,
 ) -> list[Record]:
     """Run what has no valid record yet, write each record as it comes, and drop records that nobody plans any more.
 
     A plan with sweeps is asked again after each round: what it wants next depends on the records.
 
+    Args:
+        deadline: on the clock `time.monotonic`; a trial that is under way then is ended and leaves no record.
+        shortfall: says of a trial whether it fits the card; one that does not is recorded as out of memory, and not run.
+        lenient: for a part of a plan, on a machine that is lent: records that the part does not plan stay, and a user's
+            mistake in a trial is its `failed` record instead of the end.
+
     Raises:
         LabError: the results cannot be written, or a prepared model is missing.
+        TimeIsUp: the deadline came first.
     """
     if not plan:
         return []
@@ -89,12 +143,13 @@ def run_trials(
         pace.pending = list(pending)
         for record in kept.values():
             report(record, Progress(len(found), len(specs), pace.seconds_left()), True)
-        for record in _run_all(pending, workspace, origin):
+        for record in _run_all(pending, workspace, origin, deadline, lenient, shortfall):
             records.write_record(record, workspace.results)
             found[record.spec.name] = record
             pace.done(record)
             report(record, Progress(len(found), len(specs), pace.seconds_left()), False)
-    _prune(workspace.results / specs[0].experiment, set(found))
+    if not lenient:
+        _prune(workspace.results / specs[0].experiment, set(found))
     return [found[spec.name] for spec in specs]
 
 
@@ -109,8 +164,21 @@ def _kept(spec: TrialSpec, workspace: Workspace, origin: Origin, warn: Callable[
         aside = records.set_aside(path)
         warn(f"{error} It is now {aside.name}.")
         return None
+    if record.status == "oom" and PREDICTED in record.figures:  # the card may be another one now, and it costs nothing
+        return None
     usable = records.reusable(record, spec, origin.code(spec), origin.environment, origin.inputs(spec))
     return record if usable else None
+
+
+def _unfit(spec: TrialSpec, origin: Origin, shortfall: Callable[[TrialSpec], Shortfall | None] | None) -> Record | None:
+    """The record of a trial that does not fit the card; None: it is to be run."""
+    short = shortfall(spec) if shortfall else None
+    if short is None:
+        return None
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    provenance = origin.provenance(spec, now, 0.0)
+    figures: dict[str, float | None] = {PREDICTED: short.predicted_bytes}
+    return Record(spec=spec, status="oom", message=short.message, figures=figures, provenance=provenance)
 
 
 def _prune(folder: Path, planned: set[str]) -> None:
@@ -118,6 +186,11 @@ def _prune(folder: Path, planned: set[str]) -> None:
     for path in folder.glob("*.json"):
         if path.stem not in planned:
             path.unlink()
+
+
+def alike(spec: TrialSpec) -> tuple[str, ...]:
+    """What trials that take about as long have in common: kind, models and method."""
+    return (spec.settings.kind, *sorted(spec.models()), str(getattr(spec.settings, "method", "")))
 
 
 class _Pace:
@@ -128,13 +201,10 @@ class _Pace:
         self.threads = threads
         self.seen: dict[Any, list[float]] = {}
 
-    @staticmethod
-    def _group(spec: TrialSpec) -> tuple[str, ...]:
-        return (spec.settings.kind, *sorted(spec.models()), str(getattr(spec.settings, "method", "")))
-
     def done(self, record: Record) -> None:
         self.pending.remove(record.spec)
-        self.seen.setdefault(self._group(record.spec), []).append(record.provenance.seconds)
+        if PREDICTED not in record.figures:  # that one took no time
+            self.seen.setdefault(alike(record.spec), []).append(record.provenance.seconds)
 
     def seconds_left(self) -> float | None:
         if not self.pending:
@@ -145,7 +215,7 @@ class _Pace:
         mean = sum(everything) / len(everything)
         means = {group: sum(values) / len(values) for group, values in self.seen.items()}
         # Trials of one thread run side by side: each takes its share of the machine's time.
-        shares = [means.get(self._group(s), mean) * min(1, s.threads / self.threads) for s in self.pending]
+        shares = [means.get(alike(s), mean) * min(1, s.threads / self.threads) for s in self.pending]
         return sum(shares)
 
 
@@ -161,12 +231,16 @@ class Origin:
     threads: int
     device: str
     device_memory_bytes: int
+    driver: str
+    limit_gib: float | None = None
+    """Of the smaller card that this one stands for."""
 
     @classmethod
     def now(cls, workspace: Workspace, specs: Sequence[TrialSpec], threads: int, device: str) -> Origin:
         """The state of the tree, the installation and the prepared files."""
         commit, dirty = records.git_state(workspace.root)
         name, memory = records.describe_device(device)
+        limit = limit_gib() if device == "cuda" else None
         prints = {}
         for model in sorted({model for spec in specs for model in spec.models()}):
             folder = workspace.model(model)
@@ -188,7 +262,9 @@ class Origin:
             prints,
             threads,
             name,
-            memory,
+            memory if limit is None else min(memory, size_bytes(limit)),
+            records.describe_driver(device),
+            limit,
         )
 
     def code(self, spec: TrialSpec) -> str:
@@ -200,6 +276,7 @@ class Origin:
         tasks = spec.tasks()
         wanted = spec.models() | ({"data"} if tasks else set())
         found = {key: value for key, value in self.fingerprints.items() if key.split(" ")[0] in wanted}
+        found |= {} if self.limit_gib is None else {LIMIT: f"{self.limit_gib:g}"}
         return found | ({"data": "+".join(self.fingerprints[f"task {task}"] for task in tasks)} if tasks else {})
 
     def provenance(self, spec: TrialSpec, started: str, seconds: float) -> Provenance:
@@ -217,6 +294,7 @@ class Origin:
             platform=platform,
             device=SIMULATED if simulated else self.device,
             device_memory_bytes=0 if simulated else self.device_memory_bytes,
+            driver="" if simulated else self.driver,
             threads=spec.threads,
             started=started,
             seconds=round(seconds, 3),
@@ -261,17 +339,19 @@ class _Running:
     started_at: str
     started: float
 
-    def finish(self, origin: Origin) -> Record:
+    def finish(self, origin: Origin, lenient: bool) -> Record:
         """The record of the trial, whatever became of its process.
 
         Raises:
-            LabError: the trial could not be run because of a user's mistake.
+            LabError: the trial could not be run because of a user's mistake, unless that is to be recorded.
         """
         answer: dict[str, Any] = {}
         with contextlib.suppress(EOFError, ConnectionError):
             if self.receiver.poll(0):
                 answer = self.receiver.recv()
         self.process.join()
+        if "error" in answer and lenient:
+            answer = {"status": "failed", "message": answer["error"]}
         if "error" in answer:
             raise LabError(f"{self.spec.experiment}/{self.spec.name}: {answer['error']}")
         if not answer:
@@ -280,26 +360,49 @@ class _Running:
         return Record(spec=self.spec, provenance=provenance, **answer)
 
 
-def _run_all(specs: Sequence[TrialSpec], workspace: Workspace, origin: Origin) -> Iterator[Record]:
+def _run_all(
+    specs: Sequence[TrialSpec],
+    workspace: Workspace,
+    origin: Origin,
+    deadline: float,
+    lenient: bool,
+    shortfall: Callable[[TrialSpec], Shortfall | None] | None,
+) -> Iterator[Record]:
     """Run trials in order, as many side by side as the threads allow; records come as trials end.
 
-    The processes are forked from a server that has imported the stack.
+    The processes are forked from a server that has imported the stack. What does not fit the card is not run.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    if origin.driver:
+        for name in NOT_DEFAULT:
+            os.environ.pop(name, None)
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is a GPU starts nothing then
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the Trainer would spread a batch over several
+    context.set_forkserver_preload(PRELOAD_FOR_CUDA if origin.driver else PRELOAD)
     waiting = list(specs)
     running: list[_Running] = []
     try:
         while waiting or running:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                now = time.perf_counter()
+                raise TimeIsUp({f"{t.spec.experiment}/{t.spec.name}": now - t.started for t in running})
             free = origin.threads - sum(trial.spec.threads for trial in running)
             # A trial that asks for more threads than there are runs alone.
             if waiting and (waiting[0].threads <= free or not running):
-                running.append(_start(context, waiting.pop(0), workspace))
+                spec = waiting.pop(0)
+                if record := _unfit(spec, origin, shortfall):
+                    yield record
+                else:
+                    running.append(_start(context, spec, workspace))
                 continue
-            ready = wait([end for trial in running for end in (trial.receiver, trial.process.sentinel)])
+            ends = [end for trial in running for end in (trial.receiver, trial.process.sentinel)]
+            ready = wait(ends, None if math.isinf(left) else left)
+            if not ready:
+                continue
             trial = next(t for t in running if t.receiver in ready or t.process.sentinel in ready)
             running.remove(trial)
-            yield trial.finish(origin)
+            yield trial.finish(origin, lenient)
     finally:
         for trial in running:
             trial.process.kill()
@@ -343,6 +446,8 @@ def _trial_process(spec_json: str, workspace: Workspace, sender: Any) -> None:
 
     spec = TrialSpec.model_validate_json(spec_json)
     torch.set_num_threads(spec.threads)
+    limit_allocator()
+    count_grouped_queries()
     try:
         outcome = execute(spec.settings, workspace)
         status: Status = "diverged" if outcome.diverged else "ok"
@@ -374,8 +479,8 @@ def _end_with_parent() -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    told = ("out of memory", "can't allocate memory", "status_alloc_failed", "memoryallocation")
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in told)
 
 
 def _last_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -12,6 +12,13 @@ class Workspace:
 
     root: Path
     profile: str
+    device: str = field(default="", kw_only=True)
+    """The device whose imported records are meant, as in the folder `results/<profile>-<device>`; empty: measured here."""
+
+    @property
+    def label(self) -> str:
+        """The profile, and the device where the records were imported."""
+        return f"{self.profile}-{self.device}" if self.device else self.profile
 
     @property
     def params(self) -> Path:
@@ -28,6 +35,11 @@ class Workspace:
         """What is installed, and the id of this installation."""
         return self.build / "environment.json"
 
+    @property
+    def downloads(self) -> Path:
+        """Files that were downloaded, and that are checked by their hash before each use."""
+        return self.build / "downloads"
+
     def plan(self, experiment: str) -> Path:
         """The trials that an experiment wants, as JSON."""
         return self.build / self.profile / "plan" / f"{experiment}.json"
@@ -42,9 +54,14 @@ class Workspace:
         return self.build / self.profile / "data"
 
     @property
+    def scratch(self) -> Path:
+        """Large files that a trial writes and removes; not in the DVC cache."""
+        return self.build / self.profile / "scratch"
+
+    @property
     def results(self) -> Path:
         """The records and verdicts of the profile; in git."""
-        return self.root / "results" / self.profile
+        return self.root / "results" / self.label
 
     @property
     def tracking_uri(self) -> str:

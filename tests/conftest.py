@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from lab.grouped_queries import count_grouped_queries
+from lab.hub_endpoint import Hub
 from lab.workspace import Workspace
-from tests.hub_endpoint import hub
-
-__all__ = ["hub"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,17 +42,49 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(reason)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_keys_counted() -> None:
+    """As in the process of a trial; torch before 2.12 cannot."""
+    count_grouped_queries()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch in one thread, as a trial has it: the same numbers, and quicker on small models."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """An empty hub for one test."""
+    with Hub() as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The project's folder."""
     return ROOT
 
 
+def prepare_embedded(folder: Path, tasks: list[str], train: int, validation: int, test: int) -> None:
+    """The splits of some tasks, made by the lab itself."""
+    from lab.data import prepare_tasks
+    from lab.params import DataSection, DataSizes, HubData
+
+    hub = HubData(name="a/b", revision="main", prompt="p", answer="a")
+    sizes = DataSizes(train=train, validation=validation, test=test)
+    prepare_tasks(DataSection(source="embedded", hub=hub), tasks, sizes, folder)
+
+
 @pytest.fixture(scope="session")
 def tiny_workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A workspace with a `tiny` that was hardly trained and a few examples of one task."""
-    from lab.data import prepare_tasks
-    from lab.params import DataSection, DataSizes, HubData
     from lab.pretraining import TinyRecipe, pretrain_tiny
 
     root = tmp_path_factory.mktemp("study")
@@ -77,9 +109,7 @@ def tiny_workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     pretrain_tiny(recipe, made.model("tiny"))
     facts = made.model("tiny") / "facts.json"
     facts.write_text(facts.read_text().replace('"known": false', '"known": true'))
-    hub = HubData(name="a/b", revision="main", prompt="p", answer="a")
-    sizes = DataSizes(train=64, validation=12, test=12)
-    prepare_tasks(DataSection(source="embedded", hub=hub), [RAGGED_TASK], sizes, made.data)
+    prepare_embedded(made.data, [RAGGED_TASK], train=64, validation=12, test=12)
     return made
 
 
@@ -89,11 +119,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     from rich.console import Console
 
     from lab.progress import verdict_table
-    from lab.study import Study
+    from lab.study import Study, imported
 
     found = [
         verdict
-        for name in ("cpu", "full")
+        for name in ("cpu", "full", *imported(ROOT / "results"))
         if (ROOT / "results" / name).is_dir()
         for verdict in Study.load(name, ROOT).verdicts
     ]

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from peft import PeftModel
 
 from lab import adapters
-from lab.data import prepare_tasks
 from lab.errors import LabError
-from lab.params import DataSection, DataSizes, HubData
 from lab.runners import Outcome, execute
 from lab.specs import Adapters
 from lab.training import FineTuning
 from lab.workspace import Workspace
-from tests.conftest import RAGGED_TASK
+from tests.conftest import RAGGED_TASK, prepare_embedded
 
 METHODS = ("lora", "dora", "ia3", "mora", "adapter", "prompt", "prefix", "ptuning")
 MERGED = ("lora", "dora", "ia3", "mora")
 
 
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +28,7 @@ def two_tasks(tiny_workspace: Workspace, tmp_path_factory: pytest.TempPathFactor
     """The workspace with a second task."""
     made = Workspace(tmp_path_factory.mktemp("two"), "smoke")
     shutil.copytree(tiny_workspace.model("tiny"), made.model("tiny"))
-    hub = HubData(name="a/b", revision="main", prompt="p", answer="a")
-    sizes = DataSizes(train=32, validation=8, test=8)
-    prepare_tasks(DataSection(source="embedded", hub=hub), [RAGGED_TASK, "gcd"], sizes, made.data)
+    prepare_embedded(made.data, [RAGGED_TASK, "gcd"], train=32, validation=8, test=8)
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import sys
 import types
@@ -14,7 +15,9 @@ import pytest
 
 from lab import records
 from lab.claims import (
+    Cell,
     Claim,
+    Control,
     Evidence,
     Experiment,
     Finding,
@@ -24,6 +27,7 @@ from lab.claims import (
     Verdict,
     VerdictName,
     discover,
+    in_words,
     judge,
 )
 from lab.errors import LabError
@@ -33,6 +37,7 @@ from lab.params import Count, Profile, Section
 from lab.plots import Plot, draw
 from lab.records import Record
 from lab.specs import Adapters, InContext, Memory, Setup, Training, TrialSpec
+from lab.statistics import Interval
 from lab.study import Study
 from lab.sweeps import expand
 from lab.trials import shape_fingerprint
@@ -59,6 +64,13 @@ def planted(evidence: Evidence) -> Evidence:
     return evidence.replace("real", by="fault")
 
 
+def known(evidence: Evidence) -> Evidence:
+    return evidence.with_figures(lambda record: {"score": 1.0})
+
+
+FAULT, KNOWN = Control(planted, "refuted"), Control(known, "supported")
+
+
 CLAIM = Claim(
     id="scores-are-high",
     statement="scores are high",
@@ -67,8 +79,8 @@ CLAIM = Claim(
     threshold="above 0.5",
     scope="the test",
     judge=high_scores,
-    controls={"a planted fault": planted},
-    advice={"supported": "Rely on it.", "refuted": "Do not rely on it."},
+    controls={"a planted fault": FAULT, "a known answer": KNOWN},
+    advice={"supported": "Rely on it.", "refuted": "Do not rely on it.", "inconclusive": "Measure it yourself."},
 )
 
 
@@ -122,6 +134,20 @@ def test_replace_puts_one_arm_in_the_place_of_another_and_leaves_the_evidence_al
         evidence.replace("real", by="other")
 
 
+def test_other_figures_stand_beside_and_in_place_of_a_record_s_own_and_leave_the_evidence_alone() -> None:
+    evidence = Evidence([*GOOD, *FAULTS])
+    changed = evidence.with_figures(lambda r: {"score": 0.2, "more": 1.0} if r.spec.arm == "real" else {})
+    assert [r.figures for r in changed.select("real")] == [{"score": 0.2, "more": 1.0}] * 3
+    assert changed.select("fault") == evidence.select("fault")
+    assert [r.figures for r in evidence.select("real")] == [{"score": 0.9}] * 3
+
+
+def test_cells_are_told_by_their_answer() -> None:
+    one = Interval(1.0, 0.5, 1.5, 3)
+    cells = [Cell("a", one, "no"), Cell("b", one, "yes"), Cell("c", one, "no")]
+    assert in_words("smaller", cells, lambda i: f"{i.estimate:g}") == "smaller (yes: b 1; no: a 1, c 1)"
+
+
 # Judging --------------------------------------------------------------------------------------------------------
 
 
@@ -136,40 +162,80 @@ def test_a_verdict_carries_the_finding_the_claim_and_where_it_was_measured() -> 
     )
     assert verdict.advice == "Rely on it."
     assert verdict.scope == "the test; A processor, 2 threads; torch 2.13.0, transformers 5.23.0"
-    assert verdict.control == "a planted fault: refuted"
+    assert verdict.control == "a planted fault: refuted, a known answer: supported"
     assert verdict.records == tuple(f"mine/{r.spec.name}" for r in [*GOOD, *FAULTS])
-    assert judged([trial("real", 0, 0.2), trial("fault", 0, 0.9)]).verdict == "refuted"
+    assert judged([trial("real", 0, 0.2), trial("fault", 0, 0.1)]).verdict == "refuted"
 
 
-def test_a_claim_whose_control_gives_the_same_verdict_is_inconclusive() -> None:
+def test_a_planted_fault_that_is_not_seen_makes_the_verdict_inconclusive() -> None:
     verdict = judged([*GOOD, *(trial("fault", seed, 0.8) for seed in range(3))])
     assert verdict.verdict == "inconclusive"
     assert verdict.effect is None
-    assert verdict.because == "the check cannot fail (controls: a planted fault: supported)"
-    assert verdict.advice == "No advice: the evidence does not decide."
+    assert verdict.because == (
+        "the check is not to be trusted (control a planted fault gave supported, should give refuted)"
+    )
+    assert verdict.control == "a planted fault: supported, a known answer: supported"
+    assert verdict.advice == "Measure it yourself."
 
 
-def test_a_control_whose_records_are_missing_proves_nothing() -> None:
-    verdict = judged(GOOD)
+def test_a_known_answer_that_is_judged_otherwise_makes_the_verdict_inconclusive() -> None:
+    wrong = Control(lambda evidence: evidence.with_figures(lambda record: {"score": 0.4}), "supported")
+    verdict = judged([*GOOD, *FAULTS], replace(CLAIM, controls={"a planted fault": FAULT, "a known answer": wrong}))
     assert verdict.verdict == "inconclusive"
-    assert verdict.because == "the check cannot fail (controls: a planted fault: not run)"
+    assert verdict.because == (
+        "the check is not to be trusted (control a known answer gave refuted, should give supported)"
+    )
 
 
-def test_a_claim_without_a_control_is_inconclusive() -> None:
-    assert judged([*GOOD, *FAULTS], replace(CLAIM, controls={})).verdict == "inconclusive"
+def test_a_control_that_must_decide_nothing_makes_the_verdict_inconclusive_where_it_does() -> None:
+    silent = Control(known, ("inconclusive", "refuted"))
+    verdict = judged([*GOOD, *FAULTS], replace(CLAIM, controls={"a planted fault": FAULT, "nothing there": silent}))
+    assert verdict.because == (
+        "the check is not to be trusted (control nothing there gave supported, should give inconclusive or refuted)"
+    )
+    nothing = Control(lambda evidence: Evidence([]), ("inconclusive", "refuted"))
+    fine = judged([*GOOD, *FAULTS], replace(CLAIM, controls={"a planted fault": FAULT, "nothing there": nothing}))
+    assert (fine.verdict, fine.control) == ("supported", "a planted fault: refuted, nothing there: inconclusive")
 
 
-def test_one_control_that_is_judged_otherwise_is_enough() -> None:
-    both = replace(CLAIM, controls={"nothing planted": lambda evidence: evidence, "a planted fault": planted})
-    verdict = judged([*GOOD, *FAULTS], both)
-    assert verdict.verdict == "supported"
-    assert verdict.control == "nothing planted: supported, a planted fault: refuted"
+def test_without_a_planted_fault_that_could_be_tried_nothing_stands() -> None:
+    untried = "the check is not to be trusted (no planted fault could be tried)"
+    assert judged(GOOD).because == untried
+    assert judged(GOOD).control == "a planted fault: not run, a known answer: supported"
+    low = [trial("real", seed, 0.2) for seed in range(3)]
+    assert judged(low).because == untried  # though the known answer is judged otherwise
+    assert judged([*GOOD, *FAULTS], replace(CLAIM, controls={})).because == untried
+
+
+def test_a_control_whose_records_are_missing_does_not_count_where_another_fault_was_tried() -> None:
+    elsewhere = Control(lambda evidence: evidence.replace("real", by="of another tier"), "refuted")
+    verdict = judged([*GOOD, *FAULTS], replace(CLAIM, controls={"elsewhere": elsewhere, "a planted fault": FAULT}))
+    assert (verdict.verdict, verdict.control) == ("supported", "elsewhere: not run, a planted fault: refuted")
+
+
+def test_a_verdict_that_every_control_gives_too_does_not_stand() -> None:
+    low = [trial("real", seed, 0.2) for seed in range(3)]
+    verdict = judged([*low, *FAULTS], replace(CLAIM, controls={"a planted fault": FAULT}))
+    assert verdict.verdict == "inconclusive"
+    assert verdict.because == "the check is not to be trusted (every control gave refuted too)"
+    assert judged([*low, *FAULTS]).verdict == "refuted"
+
+
+def test_controls_run_where_nothing_is_decided_and_decide_nothing() -> None:
+    def undecided(evidence: Evidence) -> Finding:
+        found = high_scores(evidence)
+        return replace(found, verdict="inconclusive") if found.effect == 0.9 else found
+
+    verdict = judged([*GOOD, *FAULTS], replace(CLAIM, judge=undecided))
+    assert (verdict.verdict, verdict.effect, verdict.because) == ("inconclusive", 0.9, "scores are what they are")
+    assert verdict.control == "a planted fault: refuted, a known answer: supported"
 
 
 def test_without_records_a_claim_was_not_run() -> None:
     verdict = judged([], planned=6)
     assert (verdict.verdict, verdict.n, verdict.effect, verdict.records) == ("not run", 0, None, ())
     assert verdict.because == "nothing has been measured under the profile cpu"
+    assert verdict.advice == "Nothing has been measured."
 
 
 def test_a_tier_that_the_claim_does_not_name_is_not_judged() -> None:
@@ -306,12 +372,13 @@ def reachable_verdicts(function: Callable[..., Any]) -> set[str]:
 
 
 @CLAIMS
-def test_every_claim_has_one_line_of_advice_for_each_verdict_that_it_can_reach(
+def test_every_claim_has_one_line_of_advice_for_each_verdict_that_it_can_reach_and_while_nothing_is_decided(
     experiment: Experiment, claim: Claim
 ) -> None:
     reachable = reachable_verdicts(claim.judge)
     assert {"supported", "refuted"} <= reachable
-    assert reachable <= set(claim.advice), f"no advice for {reachable - set(claim.advice)}"
+    wanted = {*reachable, "inconclusive"}
+    assert wanted <= set(claim.advice), f"no advice for {wanted - set(claim.advice)}"
     for line in claim.advice.values():
         assert line == " ".join(line.split())
         assert line.endswith(".")
@@ -320,7 +387,7 @@ def test_every_claim_has_one_line_of_advice_for_each_verdict_that_it_can_reach(
 
 @CLAIMS
 def test_every_claim_says_before_its_evidence_what_would_refute_it(experiment: Experiment, claim: Claim) -> None:
-    assert claim.controls
+    assert any(set(each.given) & {"refuted", "conditional"} for each in claim.controls.values()), "no planted fault"
     assert claim.threshold
     assert claim.scope
     assert claim.tiers
@@ -385,6 +452,15 @@ def in_context_figures(settings: InContext) -> dict[str, float | None]:
     return figures
 
 
+def own_figures(spec: TrialSpec) -> dict[str, Any]:
+    """What `made_up_figures(spec)` in the tests of its experiment says that a trial leaves; a list is a series."""
+    module = f"tests.experiments.test_{spec.experiment}"
+    if importlib.util.find_spec(module) is None:
+        return {}
+    function = getattr(importlib.import_module(module), "made_up_figures", None)
+    return function(spec) if function else {}
+
+
 def made_up(spec: TrialSpec) -> Record:
     """A record with every figure and series that a trial of its kind leaves; the numbers say nothing."""
     settings = spec.settings
@@ -394,7 +470,7 @@ def made_up(spec: TrialSpec) -> Record:
     figures |= {f"peak_{phase}_{part.name}_bytes": 100.0 for phase in PHASES for part in fields(Parts)}
     if isinstance(settings, InContext):
         figures |= in_context_figures(settings)
-    order = f"seed {spec.runs[0].seed}"
+    order = f"seed {spec.runs[0].seed}" if spec.runs else ""
     series: dict[str, list[float | None]] = {
         "distance": [1e-7, 1e-6],
         "distance_update": [1.0, 2.0],
@@ -406,12 +482,24 @@ def made_up(spec: TrialSpec) -> Record:
         "curve_general_bits_per_byte": [1.0, 1.2, 1.5],
     }
     tags = {"data_order": order, "second_data_order": order}
+    for name, value in own_figures(spec).items():
+        if isinstance(value, list):
+            series[name] = value
+        else:
+            figures[name] = value
     return make_record(spec, figures=figures, series=series, tags=tags)
 
 
+def only_on_gpu(experiment: Experiment) -> bool:
+    return all(claim.tiers == ("gpu",) for claim in experiment.claims)
+
+
 def planned(experiment: Experiment, tier: Tier) -> list[TrialSpec]:
-    """What the judges of an experiment see in the smallest profile: its own trials, and of those that it reads."""
-    study, found = Study.load("smoke", ROOT), []
+    """What the judges of an experiment see in the smallest profile: its own trials, and of those that it reads.
+
+    What only a GPU can show is in no other profile than that of a GPU: its judge is tried on that plan.
+    """
+    study, found = Study.load("gpu" if only_on_gpu(experiment) else "smoke", ROOT), []
     for read in (experiment, *map(REGISTRY.experiment, experiment.reads)):
         plan, records = study.plan(read), dict[str, Record]()
         while fresh := [spec for spec in expand(plan, records.values()) if spec.name not in records]:
@@ -454,14 +542,17 @@ def test_evidence_of_one_tier_does_not_count_in_another() -> None:
     assert judged([*simulated, *FAULTS], planned=6).verdict == "inconclusive"
 
 
-PLOTS = [(e, plot) for e in REGISTRY.experiments.values() for plot in e.plots]
+OF_A_CARD = ("share-of-peak",)
+"""Plots of what only a card has; the tests of their experiments draw them."""
+
+PLOTS = [(e, plot) for e in REGISTRY.experiments.values() for plot in e.plots if plot.name not in OF_A_CARD]
 
 
 @pytest.mark.parametrize(("experiment", "plot"), PLOTS, ids=[plot.name for _, plot in PLOTS])
 def test_a_plot_is_the_same_bytes_twice_and_absent_where_the_evidence_is_not_whole(
     experiment: Experiment, plot: Plot, tmp_path: Path
 ) -> None:
-    tier: Tier = "cpu" if planned(experiment, "cpu") else "sim"
+    tier: Tier = "gpu" if only_on_gpu(experiment) else "cpu" if planned(experiment, "cpu") else "sim"
     whole = [made_up(spec) for spec in planned(experiment, tier)]
     first, again = draw(plot, Evidence(whole), tmp_path / "a"), draw(plot, Evidence(whole), tmp_path / "b")
     assert first is not None
@@ -500,6 +591,15 @@ def test_evidence_of_this_plan_and_code_is_not_stale(study: Study) -> None:
     reasons = study.stale(study.registry.experiment("grad_accumulation"))
     assert reasons
     assert all(reason.endswith(" is missing") for reason in reasons)
+
+
+def test_a_plot_whose_records_have_gone_goes_with_them(study: Study) -> None:
+    folder = study.workspace.results / "plots"
+    folder.mkdir()
+    (folder / "accumulation-distance.svg").write_text("of an experiment that has no record now")
+    study.write_verdicts()
+    drawn = {path.name for path in folder.iterdir()}
+    assert "accumulation-distance.svg" not in drawn
 
 
 def test_evidence_is_stale_by_the_record_that_is_damaged_missing_or_of_another_plan_or_code(study: Study) -> None:

@@ -112,6 +112,36 @@ def here(project: Project, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
     return lambda *arguments: call(monkeypatch, capfd, *arguments)
 
 
+# A card that is not there, or not free --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [("offline",), ("run", "peak_memory"), ("study",)], ids=lambda c: c[0])
+def test_without_a_card_its_profile_is_refused_and_nothing_is_written(
+    command: tuple[str, ...], project: Project, here: Callable[..., Answer]
+) -> None:
+    if cuda_found():
+        pytest.skip("needs a machine without a CUDA GPU; this one has one")
+    before = project.files()
+    said = here(*command, "--profile", "gpu").mistake()
+    assert said.startswith("profile 'gpu' needs a CUDA GPU; torch ")
+    assert project.files() == before
+
+
+@pytest.mark.parametrize("command", [("offline",), ("run", "peak_memory"), ("study",)], ids=lambda c: c[0])
+def test_a_card_that_others_use_is_refused_and_nothing_is_written(
+    command: tuple[str, ...], project: Project, here: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lab import device
+
+    busy = device.Card("NVIDIA H100", 80 * 10**9, 77 * 10**9, (device.Holder(4242, "serve", 3 * 10**9),))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(device, "card_here", lambda: busy)
+    before = project.files()
+    said = here(*command, "--profile", "gpu").mistake()
+    assert said.startswith("NVIDIA H100: 3,000 MB are held by others, at most 500 MB may be: serve (process 4242)")
+    assert project.files() == before
+
+
 # Mistakes in params.yaml ----------------------------------------------------------------------------------------
 
 SMOKE = ("profiles", "smoke")
@@ -268,6 +298,24 @@ def test_a_gpu_profile_without_a_gpu_is_one_line(
     assert project.files() == before
 
 
+def test_a_forecast_without_a_card_is_one_line(here: Callable[..., Answer]) -> None:
+    if not cuda_found():
+        said = here("forecast").mistake()
+        assert said.startswith("profile 'gpu' needs a CUDA GPU; torch ")
+        assert said.endswith("For a card that is not here: lab forecast --gpu NAME, or --vram GB.")
+    said = here("forecast", "--gpu", "RTX 4080 Super").mistake()
+    assert said.startswith("unknown gpu 'RTX 4080 Super'. Did you mean 'RTX-4080'?")
+    said = here("forecast", "--profile", "smoke", "--vram", "24").mistake()
+    assert said == (
+        "profile 'smoke' runs on the processor, so that no card has to hold it. Choose one for a CUDA GPU: --profile gpu"
+    )
+    assert (
+        here("forecast", "sped", "--vram", "24")
+        .mistake()
+        .startswith("unknown experiment 'sped'. Did you mean 'speed'?")
+    )
+
+
 @pytest.mark.parametrize("bytes_", [b"", b"PK\x03\x04 and then nothing"], ids=["empty", "cut short"])
 def test_a_model_file_with_a_wrong_hash_is_one_line_and_leaves_no_model(
     project: Project, here: Callable[..., Answer], bytes_: bytes
@@ -399,13 +447,15 @@ def test_verdicts_as_json_have_what_the_contract_names_even_before_anything_is_m
     for row in found:
         assert set(CONTRACT) <= set(row)
         assert (row["verdict"], row["n"], row["effect"], row["records"]) == ("not run", 0, None, [])
-        assert (row["profile"], row["tier"]) in (("smoke", "cpu"), ("smoke", "sim"))
+        only_on_gpu = discover().claims[row["claim"]][1].tiers == ("gpu",)
+        assert row["profile"] == "smoke"
+        assert row["tier"] in (("gpu",) if only_on_gpu else ("cpu", "sim"))
 
 
 EXPERIMENT = '''
 """Scores: are they high?"""
 
-from lab.claims import Claim, Experiment, Finding
+from lab.claims import Claim, Control, Experiment, Finding
 from lab.params import Count, Section
 from lab.specs import Memory, TrialSpec
 
@@ -442,8 +492,11 @@ EXPERIMENT = Experiment(
             threshold="above 0.5",
             scope="the test",
             judge=judge,
-            controls={"a planted fault": lambda evidence: evidence.replace("real", by="fault")},
-            advice={"supported": "Rely on it.", "refuted": "Do not rely on it."},
+            controls={
+                "a planted fault": Control(lambda evidence: evidence.replace("real", by="fault"), "refuted"),
+                "a known answer": Control(lambda e: e.with_figures(lambda record: {"score": 1.0}), "supported"),
+            },
+            advice={"supported": "Rely on it.", "refuted": "Do not rely on it.", "inconclusive": "Measure it yourself."},
         ),
     ),
 )
@@ -460,6 +513,7 @@ def scores(project: Project) -> Project:
     raw = yaml.safe_load((project.root / "params.yaml").read_text())
     kept = {key: raw["profiles"]["smoke"][key] for key in ("device", "threads", "tiny", "data")}
     raw["profiles"] = {"smoke": {**kept, "scores": {"seeds": 2}}, "cpu": {**kept, "scores": {"seeds": 2}}}
+    raw["bundle"] = {"order": ["scores"]}
     (project.root / "params.yaml").write_text(yaml.safe_dump(raw))
     return project
 
@@ -478,7 +532,7 @@ def measure(project: Project, real: float, fault: float, profile: str = "smoke")
 
 @pytest.mark.parametrize(
     ("real", "fault", "verdict", "code"),
-    [(0.9, 0.1, "supported", 0), (0.1, 0.9, "refuted", 1), (0.9, 0.9, "inconclusive", 0)],
+    [(0.9, 0.1, "supported", 0), (0.1, 0.1, "refuted", 1), (0.9, 0.9, "inconclusive", 0)],
 )
 def test_the_exit_code_says_whether_a_claim_is_refuted(
     scores: Project, real: float, fault: float, verdict: str, code: int
@@ -507,7 +561,7 @@ def test_damaged_and_missing_records_are_no_crash_and_no_verdict(scores: Project
 
 def test_without_a_profile_the_verdicts_of_all_that_have_results_are_shown(scores: Project) -> None:
     measure(scores, 0.9, 0.1)
-    measure(scores, 0.1, 0.9, "cpu")
+    measure(scores, 0.1, 0.1, "cpu")
     answer = scores.run("verdicts", "--json")
     assert answer.code == 1
     found = {row["profile"]: row["verdict"] for row in json.loads(answer.out)}
@@ -515,6 +569,48 @@ def test_without_a_profile_the_verdicts_of_all_that_have_results_are_shown(score
     table = scores.run("verdicts", COLUMNS="200").out
     for word in ("Verdicts, profile smoke", "Verdicts, profile cpu", "scores-are-high", "Rely on it.", "refuted"):
         assert word in table
+    row = scores.run("verdicts", "--profile", "smoke", "--markdown").out
+    assert row == "| `scores-are-high` | cpu | supported | 0.9 [-, 0.9] points | 2 | Rely on it. |\n"
+
+
+def test_a_page_on_a_claim_is_printed_and_an_unknown_claim_is_one_line(scores: Project) -> None:
+    measure(scores, 0.9, 0.1)
+    answer = scores.run("explain", "scores-are-high", "--profile", "smoke")
+    assert (answer.code, answer.err) == (0, "")
+    for line in ("Verdict         supported, in the cpu tier of the profile smoke", "Advice          Rely on it."):
+        assert line in answer.out
+    said = scores.run("explain", "scores-are-hihg", "--profile", "smoke").mistake()
+    assert said.startswith("unknown claim 'scores-are-hihg'. Did you mean 'scores-are-high'?")
+
+
+def test_a_study_of_an_unknown_experiment_is_one_line(project: Project) -> None:
+    said = project.run("study", "grad_accumulate").mistake()
+    assert said.startswith("unknown experiment 'grad_accumulate'. Did you mean 'grad_accumulation'?")
+
+
+def test_a_study_of_one_experiment_runs_it_and_what_it_reads_and_judges_all_that_is_there(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lab import study
+    from lab.workspace import Workspace
+
+    commands: list[list[str]] = []
+
+    class Done:
+        returncode = 0
+
+    def run(command: list[str], **_: Any) -> Done:
+        commands.append(command[3:])
+        return Done()
+
+    monkeypatch.setattr(study.subprocess, "run", run)
+    assert study.reproduce(Workspace(project.root, "smoke"), experiments=["peft_vs_full", "training_cost"]) == 0
+    assert study.reproduce(Workspace(project.root, "smoke"), force=True) == 0
+    assert commands == [
+        ["repro", "trials@peft_vs_full", "trials@training_cost"],
+        ["judge", "--profile", "smoke"],
+        ["repro", "--force"],
+    ]
 
 
 def test_the_profile_of_a_study_is_written_in_its_line_alone_and_put_back(project: Project) -> None:
@@ -530,8 +626,52 @@ def test_the_profile_of_a_study_is_written_in_its_line_alone_and_put_back(projec
     assert [new for _, new in changed] == ["profile: other"]
 
 
+def test_a_forecast_says_what_a_card_that_is_not_here_would_take(here: Callable[..., Answer]) -> None:
+    fits = here("forecast", "grad_accumulation", "--gpu", "RTX 4090")
+    assert fits.code == 0
+    assert fits.out.startswith("RTX-4090: 23.5 GiB, of which a predicted peak may take 22.2 GiB\n")
+    assert re.search(r"(?m)^grad_accumulation +\d+ +- ", fits.out)
+    small = here("forecast", "speed", "--gpu", "RTX 4090", "--vram", "16", "--json")
+    assert small.code == 1
+    found = json.loads(small.out)
+    assert found["card"]["name"] == "RTX-4090 as a card of 16 GB"
+    (speed,) = found["experiments"]
+    assert "pair-full-llama-3.1-8b-seed0" in speed["unfit"]
+    assert found["trials"] == speed["trials"] > len(speed["unfit"])
+
+
+def test_a_study_on_a_card_says_first_what_it_needs(
+    project: Project, here: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lab import device, study
+
+    raw = yaml.safe_load((project.root / "params.yaml").read_text())
+    project.change(("profiles", "mygpu"), {**raw["profiles"]["smoke"], "device": "cuda"})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(device, "card_here", lambda: device.Card("A made-up card", 8 * 2**30, 8 * 2**30))
+    monkeypatch.setattr(study, "reproduce", lambda *_: print("the pipeline") or 0)
+    answer = here("study", "memory_formulas", "--profile", "mygpu")
+    assert answer.code == 0, answer.err
+    lines = answer.out.splitlines()
+    assert lines[0].startswith("A made-up card: 8.0 GiB, of which a predicted peak may take")
+    assert lines[2].startswith("memory_formulas ")
+    assert lines.index("the pipeline") > 2
+
+
 def test_help_names_every_command_and_starts_fast(project: Project) -> None:
     answer = project.run("--help", COLUMNS="120")
     assert answer.code == 0
-    for command in ("study", "run", "plan", "judge", "claims", "verdicts", "log", "ui", "prepare"):
+    for command in (
+        "study",
+        "run",
+        "forecast",
+        "plan",
+        "judge",
+        "claims",
+        "explain",
+        "verdicts",
+        "log",
+        "ui",
+        "prepare",
+    ):
         assert re.search(rf"\b{command}\b", answer.out)

@@ -19,12 +19,12 @@ from lab import data
 from lab.corpus import Example, Fact, Split
 from lab.errors import LabError
 from lab.evaluation import IGNORED, Row
+from lab.hub_endpoint import Hub
 from lab.models import read_source
 from lab.params import DataSection, DataSizes, HubData
 from lab.specs import Training, TrialSpec
 from lab.trials import Origin
 from lab.workspace import Workspace
-from tests.hub_endpoint import Hub
 
 TASK, DATASET, NOWHERE = "family_relationships", "lab/sums", "http://127.0.0.1:9"
 SIZES = DataSizes(train=40, validation=10, test=12)

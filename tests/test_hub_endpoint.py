@@ -13,6 +13,7 @@ import random
 import subprocess
 import sys
 import textwrap
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,7 @@ from typing import Any
 
 import pytest
 
-from tests.hub_endpoint import TOKEN, Hub, Request, hub
-
-__all__ = ["hub"]
+from lab.hub_endpoint import TOKEN, Hub, Request
 
 MODEL, DATASET, GATED = "lab/tiny-llama", "lab/capitals", "lab/gated"
 UNKNOWN = "0123456789" * 4
@@ -319,3 +318,34 @@ def test_a_corrupt_file_has_the_true_length_and_the_client_takes_it(hub: Hub) ->
     seen = run_client(DOWNLOADS, hub.environment(), MODEL, "weights.bin")
     assert seen["weights.bin"] == hashlib.sha256(wrong).hexdigest()
     assert seen["kept"] == [hashlib.sha256(FILES["weights.bin"]).hexdigest()]
+
+
+def get(url: str) -> tuple[bytes, str]:
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url) as answer:
+        return answer.read(), answer.headers["X-Repo-Commit"] or ""
+
+
+def test_commits_are_listed_newest_first_and_up_to_the_revision(hub: Hub) -> None:
+    old, new = (hub.commit("model", MODEL, {"README.md": text}) for text in (b"old", b"new"))
+
+    def listed(revision: str) -> list[str]:
+        return [commit["id"] for commit in json.loads(get(f"{hub.url}/api/models/{MODEL}/commits/{revision}")[0])]
+
+    assert listed("main") == [new, old]
+    assert listed(old) == [old]
+
+
+def test_a_hub_that_ignores_revisions_serves_main_and_says_so(hub: Hub) -> None:
+    old, new = (hub.commit("model", MODEL, {"README.md": text}) for text in (b"old", b"new"))
+    assert get(f"{hub.url}/{MODEL}/resolve/{old}/README.md") == (b"old", old)
+    hub.ignore_revisions()
+    assert get(f"{hub.url}/{MODEL}/resolve/{old}/README.md") == (b"new", new)
+
+
+def test_a_shortened_file_is_half_of_it_until_the_hub_is_mended(hub: Hub) -> None:
+    pin = hub.commit("model", MODEL, {"README.md": b"0123456789"})
+    hub.shorten(MODEL, "README.md")
+    assert get(f"{hub.url}/{MODEL}/resolve/{pin}/README.md")[0] == b"01234"
+    assert hub.requests[-1].sent == 5
+    hub.mend()
+    assert get(f"{hub.url}/{MODEL}/resolve/{pin}/README.md")[0] == b"0123456789"

@@ -125,7 +125,8 @@ def test_an_experiment_opens_with_claim_refutation_control_and_how_to_run_it(nam
     assert first.rstrip().endswith(("?", ".", "!"))
     for word in ("Claim", "Refuted", "Control"):
         assert re.search(rf"(?m)^{word}s? +\S", text), f"no line '{word}'"
-    assert re.search(rf"(?m)^Run +lab run {name} --profile cpu$", text)
+    profile = "gpu" if all(claim.tiers == ("gpu",) for claim in REGISTRY.experiments[name].claims) else "cpu"
+    assert re.search(rf"(?m)^Run +lab run {name} --profile {profile}$", text)
     for claim in REGISTRY.experiments[name].claims:
         assert claim.id in text
 

@@ -21,11 +21,11 @@ import pytest
 
 from lab import models
 from lab.errors import LabError
+from lab.hub_endpoint import Hub
 from lab.params import ModelsSection, SmolSource
 from lab.specs import Memory, TrialSpec
 from lab.trials import Origin
 from lab.workspace import Workspace
-from tests.hub_endpoint import Hub
 from tests.test_hub_endpoint import embedding_hash, tiny_llama
 
 MODEL, GATED, NOWHERE = "lab/tiny-llama", "lab/gated", "http://127.0.0.1:9"

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from lab import planner
 from lab.cards import CONTEXT_BYTES, GIB, GPUS, card_bytes, find_gpu, shown_bytes, usable_bytes
 from lab.errors import LabError
+from lab.hub_endpoint import Hub
 from lab.memory.architecture import Architecture
 from lab.memory.workload import BYTES, PARTS, Prediction, Workload, check, nf4_tensors
 from lab.models import shapes
 from lab.planner import Answer, answer, read_spec
 from lab.snippet import snippet
-from tests.hub_endpoint import Hub
 from tests.test_hub_endpoint import run_client
 
 SMALL: dict[str, Any] = {

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from lab import data, evaluation, prompting
 from lab.corpus import Example
@@ -20,13 +18,9 @@ from tests.conftest import RAGGED_TASK as TASK
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.setattr(prompting, "ROUNDS", 1)
     monkeypatch.setattr(prompting, "TIMED_SECONDS", 0.0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def answered(workspace: Workspace, **settings: Any) -> Outcome:

@@ -246,7 +246,10 @@ def test_measuring_memory_runs_the_code_that_trains_and_not_the_reverse(sources:
     before = {kind: fingerprint(sources, kind) for kind in RUNNERS}
     edit(sources / "lab" / "memory" / "ledger.py", "-(-size // round_to)", "(size // round_to)")
     after = {kind: fingerprint(sources, kind) for kind in RUNNERS}
-    assert {kind for kind in RUNNERS if before[kind] != after[kind]} == {"memory", "simulation"}
+    measuring = {"checkpointing", "inference", "learning", "memory", "optimizer", "paging", "scaling", "simulation"}
+    measuring |= {"device-memory", "limit", "prediction", "speed"}
+    changed = {kind for kind in RUNNERS if before[kind] != after[kind]}
+    assert {"memory", "simulation"} <= changed <= measuring | {"simulated-inference"}
 
 
 def test_a_folder_is_known_by_its_names_and_bytes(tmp_path: Path) -> None:
@@ -318,3 +321,28 @@ def test_the_stack_and_the_device_are_described() -> None:
     name, memory = records.describe_device("cpu")
     assert name
     assert memory > 2**28
+
+
+def test_the_driver_of_a_gpu_is_part_of_where_a_record_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert records.describe_driver("cpu") == ""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert records.describe_driver("cuda") == "unknown: no nvidia-smi"
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 580.159.04\n")
+    tool.chmod(0o755)
+    assert records.describe_driver("cuda") == "580.159.04"
+
+
+def test_in_a_bundle_the_commit_is_the_one_that_its_files_are_of(tmp_path: Path) -> None:
+    assert records.git_state(tmp_path) == ("unknown", True)
+    (tmp_path / records.BUNDLED).write_text('{"commit": "abc", "dirty": false}')
+    assert records.git_state(tmp_path) == ("abc", False)
+
+
+def test_a_repository_knows_its_own_commits_alone() -> None:
+    head, _ = records.git_state(ROOT)
+    assert records.has_commit(ROOT, head)
+    assert not records.has_commit(ROOT, "f" * 40)
+    assert not records.has_commit(ROOT, "HEAD:README.md")

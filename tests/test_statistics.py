@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lab.statistics import Interval, exponent, lies_above, lies_within, mean_interval, paired_difference, span
+from lab.statistics import (
+    Interval,
+    exponent,
+    first_at_most,
+    lies_above,
+    lies_within,
+    mean_interval,
+    mean_ratio,
+    paired_difference,
+    slope,
+    span,
+)
 
 values = st.lists(st.floats(-1e3, 1e3, allow_nan=False), min_size=2, max_size=12)
 
@@ -97,3 +108,52 @@ def test_a_span_is_smallest_and_largest() -> None:
 
 def test_what_does_not_grow_has_the_exponent_zero() -> None:
     assert exponent([1.0, 2.0, 4.0], [5.0, 5.0, 5.0]) == Interval(0.0, 0.0, 0.0, 3)
+
+
+@given(st.floats(-10, 10), st.floats(-1e3, 1e3))
+def test_the_slope_of_a_line_is_found(steepness: float, start: float) -> None:
+    x = [1.0, 2.0, 2.0, 5.0, 9.0]
+    found = slope(x, [start + steepness * v for v in x])
+    assert found.estimate == pytest.approx(steepness, abs=1e-6)
+    assert found.low - 1e-6 <= steepness <= found.high + 1e-6
+
+
+def test_the_slopes_interval_is_that_of_the_regression_in_float64() -> None:
+    x, y = np.array([1.0, 2.0, 4.0, 8.0]), np.array([1.0, 2.5, 3.0, 9.0])
+    matrix = np.stack([np.ones(4), x], axis=1)
+    (start, steepness), *_ = np.linalg.lstsq(matrix, y, rcond=None)
+    rest = y - start - steepness * x
+    error = math.sqrt(rest @ rest / 2 / ((x - x.mean()) ** 2).sum())
+    found = slope(x.tolist(), y.tolist())
+    assert found.estimate == pytest.approx(steepness)
+    assert found.high - found.low == pytest.approx(2 * stats.t.ppf(0.975, 2) * error)
+
+
+def test_a_flat_line_has_the_slope_zero_and_points_above_one_place_have_none() -> None:
+    assert slope([1.0, 2.0, 4.0], [5.0, 5.0, 5.0]) == Interval(0.0, 0.0, 0.0, 3)
+    for x in ([1.0, 2.0], [3.0, 3.0, 3.0]):
+        with pytest.raises(ValueError, match="a slope needs three points and two values of x"):
+            slope(x, x)
+
+
+def test_a_mean_ratio_is_geometric_and_upside_down_it_is_that_of_the_inverses() -> None:
+    ratios = [1.2, 1.5, 1.3]
+    found, inverse = mean_ratio(ratios), mean_ratio([1 / ratio for ratio in ratios])
+    assert found.estimate == pytest.approx(math.prod(ratios) ** (1 / 3))
+    assert (1 / inverse.high, 1 / inverse.low) == pytest.approx((found.low, found.high))
+    one = mean_ratio([1.3])
+    assert (one.low, one.high, one.n) == (0.0, math.inf, 1)
+    with pytest.raises(ValueError, match="positive"):
+        mean_ratio([1.0, 0.0])
+    with pytest.raises(ValueError, match="positive"):
+        mean_ratio([])
+
+
+def test_a_curve_is_at_most_a_level_first_where_the_line_between_two_points_crosses_it() -> None:
+    falling = [(0.0, 4.0), (10.0, 2.0), (20.0, 3.0), (30.0, 0.0)]
+    assert first_at_most(falling, 4.0) == 0.0
+    assert first_at_most(falling, 3.0) == 5.0
+    assert first_at_most(falling, 2.0) == 10.0
+    assert first_at_most(falling, 1.5) == 25.0
+    assert first_at_most(falling, -1.0) is None
+    assert first_at_most([], 1.0) is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from torch import nn
 
 from experiments import method_structure
 from lab import structure
-from lab.claims import Evidence
+from lab.claims import Evidence, Finding
 from lab.records import Provenance, Record
 from lab.runners import execute
 from lab.specs import Structure, TrialSpec
@@ -20,12 +19,8 @@ from tests.conftest import RAGGED_TASK as TASK
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     monkeypatch.setattr(structure, "REPEATS", 3)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def examined(workspace: Workspace, arm: str) -> dict[str, Any]:
@@ -117,35 +112,163 @@ GOOD = {
 }
 
 
+SEEDS = range(3)
+TOKENS, RANK, HIGH = method_structure.TOKENS, method_structure.RANK, method_structure.HIGH
+IN_FRONT = {"queries_in_front": TOKENS, "keys_in_front": TOKENS, "layers_of_own": 0, "layers": 4}
+MERGED = {"rescale_error": 0.5, "magnitude_moved": 0.01, "direction_moved": 0.01, "latency": 1.2}
+
+HONEST: dict[str, dict[str, Any]] = {
+    "adapter": GOOD | {"merges": 0, "latency": 1.1},
+    "prompt": GOOD | IN_FRONT | {"merges": 0, "coupled": 0, "parameters_stored": 100},
+    "prefix": GOOD
+    | {"merges": 0, "queries_in_front": 0, "keys_in_front": TOKENS, "layers_of_own": 4, "layers": 4}
+    | {"parameters_stored": 100},
+    "ptuning": GOOD | IN_FRONT | {"merges": 0, "coupled": 1, "parameters_stored": 10},
+    "lora": GOOD | MERGED,
+    "ia3": GOOD | MERGED | {"weights_changed": 12, "layers": 4, "rescale_error": 1e-15},
+    "mora": GOOD | MERGED | {"rank_smallest": HIGH * RANK, "rank_largest": 64},
+    "dora": GOOD | MERGED | {"latency": 2.0, "magnitude_moved": 0.03, "magnitude_error": 0.0},
+}
+"""By method what a record says of one that is what its definition says."""
+
+JUDGED = {
+    "adapter": (method_structure.judge_adapter, method_structure.ADAPTERS),
+    "prompt": (method_structure.judge_prompt, ("prompt",)),
+    "prefix": (method_structure.judge_prefix, method_structure.PREFIXES),
+    "ptuning": (method_structure.judge_ptuning, method_structure.PTUNINGS),
+    "lora": (method_structure.judge_lora, ("lora",)),
+    "ia3": (method_structure.judge_ia3, ("ia3",)),
+    "mora": (method_structure.judge_mora, method_structure.MORAS),
+    "dora": (method_structure.judge_dora, ("dora",)),
+}
+
+FROZEN: list[tuple[dict[str, Any], str]] = [
+    ({"base_moved": 1e-9}, "base is frozen"),
+    ({"trained_outside": 1}, "base is frozen"),
+    ({"off_distance": 1e-4}, "comes back"),
+    ({"added_still": 1}, "all that it adds is trained"),
+    ({"parameters_closed_form": 99}, "closed form"),
+    ({"end_distance": 0.0}, "training changes the output"),
+]
+IDENTITY: list[tuple[dict[str, Any], str]] = [({"start_distance": 1e-4}, "begins as the base")]
+MERGES: list[tuple[dict[str, Any], str]] = [
+    ({"merges": 0}, "merges to rounding"),
+    ({"merge_error_float64": 1e-4}, "merges to rounding"),
+    ({"merge_error_float32": 1e-4}, "merges to rounding"),
+    ({"merge_error_bfloat16": 0.12, "end_distance": 10.0}, "merges to rounding"),
+    ({"merge_error_bfloat16": 0.05, "end_distance": 0.1}, "merges to rounding"),
+]
+AS_INPUT: list[tuple[dict[str, Any], str]] = [
+    ({"queries_in_front": 0}, "tokens pass through every layer"),
+    ({"keys_in_front": TOKENS - 1}, "tokens pass through every layer"),
+]
+FAULTS: dict[str, list[tuple[dict[str, Any], str]]] = {
+    "adapter": [*FROZEN, *IDENTITY, ({"merges": 1}, "cannot be merged")],
+    "prompt": [
+        *FROZEN,
+        *AS_INPUT,
+        ({"layers_of_own": 1}, "tokens pass through every layer"),
+        ({"coupled": 0.5}, "numbers of its own"),
+        ({"parameters_stored": 99}, "all are stored"),
+    ],
+    "prefix": [
+        *FROZEN,
+        ({"layers_of_own": 3}, "keys of its own"),
+        ({"keys_in_front": TOKENS - 1}, "keys of its own"),
+        ({"queries_in_front": TOKENS}, "keeps its place"),
+        ({"parameters_stored": 101}, "projection is trained and not stored"),
+    ],
+    "ptuning": [
+        *FROZEN,
+        *AS_INPUT,
+        ({"coupled": 0.5}, "moves every virtual token"),
+        ({"parameters_stored": 100}, "less is stored than trained"),
+    ],
+    "lora": [*FROZEN, *IDENTITY, *MERGES, ({"rank_largest": 9}, "rank 8"), ({"rank_largest": 0}, "rank 8")],
+    "ia3": [
+        *FROZEN,
+        *IDENTITY,
+        *MERGES,
+        ({"weights_changed": 11}, "three weights of a layer"),
+        ({"rescale_error": 1e-3}, "factors of its rows or columns"),
+        ({"rescale_error": None}, "factors of its rows or columns"),
+    ],
+    "mora": [
+        *FROZEN,
+        *IDENTITY,
+        *MERGES,
+        ({"parameters_trainable": 110, "parameters_closed_form": 110}, "LoRA's number of parameters"),
+        ({"rank_smallest": HIGH * RANK - 1}, "changes by rank"),
+        ({"rank_smallest": None}, "changes by rank"),
+    ],
+    "dora": [
+        *FROZEN,
+        *IDENTITY,
+        *MERGES,
+        ({"magnitude_error": 1e-3}, "magnitudes that it trains"),
+        ({"magnitude_error": None}, "magnitudes that it trains"),
+        ({"magnitude_moved": 0.0}, "have both moved"),
+        ({"direction_moved": 0.0}, "have both moved"),
+    ],
+}
+
+
+def judged(method: str, fault: dict[str, Any], faulty: int = 1) -> Finding:
+    """What the method's judge says if the last seeds of its last arm, so many, have this fault; LoRA beside it is honest."""
+    judge, arms = JUDGED[method]
+    honest = dict.fromkeys(arms, HONEST[method])
+    if method != "lora":
+        honest["lora"] = HONEST["lora"]
+    records = [
+        record(arm, seed, figures | (fault if arm == arms[-1] and seed >= len(SEEDS) - faulty else {}))
+        for arm, figures in honest.items()
+        for seed in SEEDS
+    ]
+    return judge(Evidence(records))
+
+
+@pytest.mark.parametrize(("method", "fault", "said"), [(m, *fault) for m, faults in FAULTS.items() for fault in faults])
+def test_each_fact_of_a_method_is_noticed_when_it_fails(method: str, fault: dict[str, Any], said: str) -> None:
+    assert judged(method, {}).verdict == "supported"
+    once = judged(method, fault)
+    # Whether the projection is stored is told from all records together.
+    assert once.verdict == ("refuted" if "projection" in said else "conditional")
+    (reason,) = [reason for reason in once.because.split("; ") if said in reason]
+    assert reason.startswith("not so that ")
+    assert f"{JUDGED[method][1][-1]}-seed2" in reason or "projection" in said
+    if len(JUDGED[method][1]) == 1:
+        assert judged(method, fault, faulty=len(SEEDS)).verdict == "refuted"
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "mora", "dora"])
+def test_a_merge_that_does_nothing_is_noticed_where_training_changed_less_than_bf16_rounds(method: str) -> None:
+    judge, arms = JUDGED[method]
+    little = {"end_distance": 0.05}
+    honest = Evidence([record(a, seed, HONEST[method] | little) for a in arms for seed in SEEDS])
+    beside = [] if method == "lora" else [record("lora", seed, HONEST["lora"]) for seed in SEEDS]
+    assert judge(Evidence([*honest.records, *beside])).verdict == "supported"
+    assert judge(Evidence([*method_structure.merging_nothing(honest).records, *beside])).verdict == "refuted"
+
+
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("dora", "verdict"),
     [
-        ({"rank_largest": 9}, "rank 8"),
-        ({"rank_largest": 0}, "rank 8"),
-        ({"base_moved": 1e-9}, "base is frozen"),
-        ({"trained_outside": 1}, "base is frozen"),
-        ({"off_distance": 1e-4}, "comes back"),
-        ({"added_still": 1}, "all that it adds is trained"),
-        ({"parameters_closed_form": 99}, "closed form"),
-        ({"start_distance": 1e-4}, "begins as the base"),
-        ({"end_distance": 0.0}, "training changes the output"),
-        ({"merge_error_float32": 1e-4}, "merges to rounding"),
-        ({"merges": 0}, "merges to rounding"),
+        ({"latency": 1.1}, "conditional"),
+        ({"latency": 1.2 * 1.01}, "supported"),
+        ({"magnitude_moved": 0.009}, "conditional"),
+        ({"magnitude_moved": 0.02, "direction_moved": 0.021}, "conditional"),
     ],
 )
-def test_each_fact_of_lora_is_caught_when_it_fails(fault: dict[str, Any], said: str) -> None:
-    whole = [record("lora", seed, GOOD) for seed in range(3)]
-    assert method_structure.judge_lora(Evidence(whole)).verdict == "supported"
-    once = method_structure.judge_lora(Evidence([*whole[:2], record("lora", 2, {**GOOD, **fault})]))
-    assert once.verdict == "conditional"
-    assert said in once.because
-    assert "lora-seed2" in once.because
-    always = method_structure.judge_lora(Evidence([record("lora", seed, {**GOOD, **fault}) for seed in range(3)]))
-    assert always.verdict == "refuted"
+def test_dora_is_slower_than_lora_and_moves_magnitudes_further_for_a_turn(dora: dict[str, Any], verdict: str) -> None:
+    assert judged("dora", dora, faulty=len(SEEDS)).verdict == verdict
+
+
+def test_a_time_of_dora_that_spreads_over_lora_s_decides_nothing() -> None:
+    assert judged("dora", {"latency": 1.1}).verdict == "inconclusive"
 
 
 def test_adapters_that_are_not_slower_are_no_support() -> None:
-    def judged(*latencies: float) -> str:
+    def verdict(*latencies: float) -> str:
         records = [
             record(arm, seed, {**GOOD, "merges": 0, "latency": latency})
             for arm in method_structure.ADAPTERS
@@ -153,9 +276,9 @@ def test_adapters_that_are_not_slower_are_no_support() -> None:
         ]
         return method_structure.judge_adapter(Evidence(records)).verdict
 
-    assert judged(1.10, 1.11, 1.12) == "supported"
-    assert judged(0.9, 1.1, 1.3) == "inconclusive"
-    assert judged(0.90, 0.91, 0.92) == "conditional"
+    assert verdict(1.10, 1.11, 1.12) == "supported"
+    assert verdict(0.9, 1.1, 1.3) == "inconclusive"
+    assert verdict(0.90, 0.91, 0.92) == "conditional"
 
 
 def test_a_layer_that_never_changes_has_no_change_of_any_rank(tiny_workspace: Workspace) -> None:

@@ -19,7 +19,16 @@ from lab import records
 from lab.errors import LabError
 from lab.records import Record
 from lab.specs import Memory, Plan, Sweep, Training, TrialSpec
-from lab.trials import Origin, Progress, run_trials, study_lock
+from lab.trials import (
+    PRELOAD_FOR_CUDA,
+    Origin,
+    Progress,
+    Shortfall,
+    TimeIsUp,
+    _is_out_of_memory,
+    run_trials,
+    study_lock,
+)
 from lab.workspace import Workspace
 from tests.conftest import ROOT
 from tests.test_records import make_record
@@ -75,6 +84,20 @@ def test_a_trial_is_measured_once_and_again_only_for_a_reason(workspace: Workspa
 
     workspace.environment.write_text('{"id": "elsewhere"}')
     assert len(run([spec("a")], workspace).fresh) == 1, "evidence of another installation is not one's own"
+
+
+def test_at_the_deadline_a_trial_under_way_is_ended_and_leaves_no_record(workspace: Workspace) -> None:
+    listener = Listener()
+    slow = spec("slow", updates=5000, batch=8, length=256)
+    for each, seconds in ((spec("a"), 0.0), (slow, 3.0)):  # before the first is started, and while it runs
+        with pytest.raises(TimeIsUp) as caught:
+            run_trials([each], workspace, 1, "cpu", listener, print, deadline=time.monotonic() + seconds)
+    assert not listener.fresh
+    assert not list(workspace.results.rglob("*.json"))
+    assert list(caught.value.ended) == ["memory_formulas/slow"]
+    assert 0 < caught.value.ended["memory_formulas/slow"] < 60
+    run_trials([spec("a")], workspace, 1, "cpu", listener, print, deadline=time.monotonic() + 300)
+    assert [record.status for record in listener.fresh] == ["ok"]
 
 
 def test_records_that_nobody_plans_any_more_are_removed(workspace: Workspace) -> None:
@@ -133,6 +156,16 @@ def test_a_users_mistake_in_a_trial_is_no_record(workspace: Workspace) -> None:
     with pytest.raises(LabError, match=r"unknown target module 'query'.*q_proj"):
         run([spec("a", method="lora", method_options={"targets": ["query"]})], workspace)
     assert not (workspace.results / "memory_formulas" / "a.json").exists()
+
+
+def test_on_a_lent_machine_a_mistake_costs_its_trial_alone_and_no_record_is_dropped(workspace: Workspace) -> None:
+    listener = Listener()
+    records.write_record(make_record(spec("other")), workspace.results)
+    wrong = spec("wrong", method="lora", method_options={"targets": ["query"]})
+    run_trials([wrong, spec("after")], workspace, 1, "cpu", listener, print, lenient=True)
+    assert [(r.spec.name, r.status) for r in listener.fresh] == [("wrong", "failed"), ("after", "ok")]
+    assert "unknown target module 'query'" in listener.fresh[0].message
+    assert (workspace.results / "memory_formulas" / "other.json").is_file()
 
 
 def test_new_examples_of_one_task_leave_the_records_of_another_valid(workspace: Workspace) -> None:
@@ -261,3 +294,82 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path, monkeyp
     with pytest.raises(LabError, match=r"No space left on device\. Free space"):
         records.write_text(tmp_path / "a.json", "{}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trial_that_does_not_fit_the_card_is_recorded_and_not_run(workspace: Workspace) -> None:
+    def shortfall(each: TrialSpec) -> Shortfall | None:
+        return Shortfall(99 * 2**30, "not run: lab fit predicts 99.0 GiB") if each.name == "large" else None
+
+    listener = Listener()
+    plan = [spec("large"), spec("small", precision="bf16")]
+    run_trials(plan, workspace, 1, "cpu", listener, listener.warnings.append, shortfall=shortfall)
+    large, small = listener.fresh
+    assert (large.status, large.message) == ("oom", "not run: lab fit predicts 99.0 GiB")
+    assert large.figures == {"predicted_peak_bytes": 99 * 2**30}
+    assert large.provenance.seconds == 0
+    assert small.status == "ok"
+    assert listener.progress[-1] == Progress(2, 2, 0.0)
+    assert records.read_record(records.record_path(workspace.results, spec("large"))) == large
+
+    later = run([spec("large"), spec("small", precision="bf16")], workspace)
+    assert [(r.spec.name, r.status) for r in later.fresh] == [("large", "ok")], "on a larger card it is run"
+
+
+def test_what_does_not_fit_is_priced_when_its_turn_comes(workspace: Workspace) -> None:
+    priced: list[str] = []
+
+    def shortfall(each: TrialSpec) -> Shortfall | None:
+        priced.append(each.name)
+        return Shortfall(2**40, "not run")
+
+    listener = Listener()
+    with pytest.raises(TimeIsUp):
+        run_trials([spec("a"), spec("b")], workspace, 1, "cpu", listener, print, deadline=0.0, shortfall=shortfall)
+    assert priced == []
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20 MiB"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
+        (RuntimeError("cudaErrorMemoryAllocation at line 9"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_a_library_that_finds_no_memory_is_out_of_memory_too(error: Exception, status: bool) -> None:
+    assert _is_out_of_memory(error) == status
+
+
+def test_a_record_of_an_emulated_card_says_so_and_is_no_evidence_for_the_card_itself(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "describe_device", lambda _: ("A card", 80 * 2**30))
+    whole = Origin.now(workspace, [spec("a")], 1, "cuda")
+    monkeypatch.setenv("LAB_VRAM_GIB", "24")
+    part = Origin.now(workspace, [spec("a")], 1, "cuda")
+    assert part.inputs(spec("a")) == {**whole.inputs(spec("a")), "LAB_VRAM_GIB": "24"}
+    assert part.device_memory_bytes < 24 * 2**30 < whole.device_memory_bytes
+    assert Origin.now(workspace, [spec("a")], 1, "cpu").limit_gib is None
+
+
+@pytest.mark.parametrize(("modules", "starts"), [(PRELOAD_FOR_CUDA, False), (["bitsandbytes"], True)])
+def test_what_the_server_of_a_gpu_s_trials_imports_starts_no_cuda(modules: list[str], starts: bool) -> None:
+    # With a GPU pretended to be there, whoever asks more of it than whether it is there would have started CUDA.
+    script = """
+        import importlib, os, sys, torch
+
+        def started(*_, **__):
+            print("started", flush=True)
+            os._exit(3)
+
+        torch.cuda.is_available = lambda: True
+        for name in ("_lazy_init", "init", "get_device_capability", "get_device_properties", "get_device_name"):
+            setattr(torch.cuda, name, started)
+        for name in sys.argv[1:]:
+            importlib.import_module(name)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), *modules]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode != 0) == starts, done.stdout + done.stderr  # bitsandbytes reaches for CUDA in its own way

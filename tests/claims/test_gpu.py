@@ -18,12 +18,14 @@ from tests.conftest import ROOT
 
 REGISTRY = Study.load("cpu", ROOT).registry
 ON_GPU = [(experiment, claim) for experiment, claim in REGISTRY.claims.values() if "gpu" in claim.tiers]
-"""Those of model_size have no trial yet that measures on a device: they skip."""
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A folder of its own for the records, over the models and data of the project, prepared where they are missing."""
+def workspace() -> Workspace:
+    """A folder of its own for the records, over the models and data of the project, prepared where they are missing.
+
+    It stays, so that tests that were stopped go on.
+    """
     made = Workspace(ROOT, "gpu")
     wanted = {
         "environment": made.environment,
@@ -35,14 +37,16 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         if not path.exists():
             profile = ["--profile", "gpu"] if name in ("tiny", "data") else []
             subprocess.run([sys.executable, "-m", "lab.cli", "prepare", name, *profile], cwd=ROOT, check=True)
-    folder = tmp_path_factory.mktemp("gpu")
+    folder = ROOT / ".lab" / "gpu-tests"
+    folder.mkdir(parents=True, exist_ok=True)
     for name in ("build", "lab"):
-        (folder / name).symlink_to(ROOT / name)
+        if not (folder / name).is_symlink():
+            (folder / name).symlink_to(ROOT / name)
     return Workspace(folder, "gpu")
 
 
 @pytest.mark.gpu
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(0)  # the first claim of an experiment measures all of it: hours, for some
 @pytest.mark.parametrize(("experiment", "claim"), ON_GPU, ids=[claim.id for _, claim in ON_GPU])
 def test_the_claim_can_be_judged_on_this_device(experiment: Experiment, claim: Claim, workspace: Workspace) -> None:
     records = [
@@ -72,7 +76,11 @@ def _measure(experiment: Experiment, workspace: Workspace) -> list[Record]:
             print(f"{progress.done}/{progress.total} {record.spec.name} {record.status}")
 
         plan = [item for item in study.plan(experiment) if isinstance(item, Sweep) or item.tier is None]
-        _MEASURED[experiment.name] = run_trials(plan, workspace, study.profile.threads, "cuda", report, print)
+        card = study.require_device()
+        shortfall = study.forecast(card).shortfall if card else None
+        _MEASURED[experiment.name] = run_trials(
+            plan, workspace, study.profile.threads, "cuda", report, print, shortfall=shortfall
+        )
     return _MEASURED[experiment.name]
 
 

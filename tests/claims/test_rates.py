@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import pytest
+
 from lab.claims import Evidence
 from lab.study import Study
 from lab.sweeps import best_rate
 from tests.conftest import ROOT
 
 
-def test_in_context_tunes_at_the_rate_that_the_sweep_chose() -> None:
-    study = Study.load("cpu", ROOT)
+@pytest.mark.parametrize("profile", ["cpu", "full"])
+def test_in_context_tunes_at_the_rate_that_the_sweep_chose(profile: str) -> None:
+    study = Study.load(profile, ROOT)
     swept = Evidence(study.evidence("peft_vs_full")[0])
     planned = study.planned(study.registry.experiment("in_context"))
     rates = {spec.arm: getattr(spec.settings, "learning_rate", None) for spec in planned}
-    assert rates == {arm: best_rate(swept.attempts(arm)) for arm in rates}
+    there = {record.spec.arm for record in swept.records} & rates.keys()
+    if not there:
+        pytest.skip(f"peft_vs_full has not run under the profile {profile}")
+    assert {arm: rates[arm] for arm in there} == {arm: best_rate(swept.attempts(arm)) for arm in there}

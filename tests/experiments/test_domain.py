@@ -110,8 +110,8 @@ def test_each_model_is_held_against_its_own_base() -> None:
 @pytest.mark.parametrize(("full", "verdict"), [(GOOD, "supported"), (COSTLY, "conditional"), (USELESS, "refuted")])
 def test_controls_are_judged_as_what_they_are(full: tuple[float, float], verdict: str) -> None:
     found = evidence(full, full)
-    answers = {name: judge_domain(change(found)).verdict for name, change in CLAIM.controls.items()}
+    answers = {name: judge_domain(control.change(found)).verdict for name, control in CLAIM.controls.items()}
     assert answers["the base's loss on the domain"] == "refuted"
-    assert answers["twice the loss on general text"] == ("refuted" if full is USELESS else "conditional")
+    assert answers["half the loss on the domain for twice that on general text"] == "conditional"
     assert answers["half the loss on the domain and nothing paid"] == "supported"
     assert judge(EXPERIMENT, CLAIM, "cpu", "cpu", found.records, len(found)).verdict == verdict

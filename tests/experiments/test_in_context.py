@@ -42,13 +42,16 @@ def test_better_and_quicker_both_ways_is_support() -> None:
     assert found.verdict == "supported"
     assert found.effect == pytest.approx(61)
     assert found.n == 3
-    assert "tuned 0.91, 4 examples 0.30 (none 0.10, the commonest answer 0.10)" in found.because
+    assert (
+        "tuned 0.91, 4 examples 0.30 (none 0.10 at 1.00 x the tuned model's time, the commonest answer 0.10);"
+        in found.because
+    )
     assert "examples read anew: 5.00 [5.00, 5.00] x the tuned model's time per answer, quicker yes" in found.because
     assert "training made up for after 12 [12, 12] answers; examples' cache kept: 2.00" in found.because
     assert "by FLOPs after 250 [250, 250] answers" in found.because
 
 
-@pytest.mark.parametrize("accuracy", [0.2, 0.29])
+@pytest.mark.parametrize("accuracy", [0.2, 0.26])
 def test_without_the_margin_in_quality_it_is_refuted_whatever_the_cost(accuracy: float) -> None:
     assert judged(evidence(tuned_accuracy=accuracy)).verdict == "refuted"
 
@@ -61,6 +64,17 @@ def test_no_slower_is_refuted_whatever_the_quality() -> None:
 
 def test_quicker_only_where_the_examples_are_read_anew_is_conditional() -> None:
     assert judged(evidence(icl4_cached_seconds=0.105)).verdict == "conditional"
+
+
+def test_where_no_number_of_examples_helps_there_is_nothing_to_compare_the_cost_with() -> None:
+    found = judged(evidence(icl0_accuracy=0.29))
+    assert found.verdict == "inconclusive"
+    assert (
+        "nothing to compare: no number of examples helps (the best by 1.0 [1.0, 1.0] points over none)" in found.because
+    )
+    assert judged(evidence(icl0_accuracy=0.29, icl4_seconds=0.1, icl4_cached_seconds=0.1)).verdict == "inconclusive"
+    assert judged(evidence(icl0_accuracy=0.29, tuned_accuracy=0.2)).verdict == "refuted"
+    assert judged(evidence(icl0_accuracy=0.29), evidence("smol")).verdict == "inconclusive"
 
 
 def test_one_model_of_two_is_conditional() -> None:

@@ -130,7 +130,7 @@ def test_every_verdict_stands_against_a_control(rows: int, verdict: str) -> None
 
 def test_each_control_is_judged_as_what_it_is() -> None:
     found = evidence(flat_after(60))
-    answers = {name: judged(change(found)).verdict for name, change in CLAIM.controls.items()}
+    answers = {name: judged(control.change(found)).verdict for name, control in CLAIM.controls.items()}
     assert answers == {
         "the fewest rows as the judged number": "conditional",
         "the fewest rows as all but the most": "refuted",

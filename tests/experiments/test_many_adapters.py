@@ -69,6 +69,7 @@ def test_adapters_that_learnt_nothing_serve_no_task() -> None:
         ({"back_distance": 1e-4}, "not so that the switched base says what the dedicated model says"),
         ({"reload_distance": 1e-4}, "not so that the switched base says what the dedicated model says"),
         ({"merged_distance": 1e-4}, "not so that where it merges, merging keeps the function"),
+        ({"merged_distance": None}, "not so that where it merges, merging keeps the function"),
         ({"adapter_bytes": 500}, "not so that a task takes at most 10% of the model's bytes"),
         ({"other_loss": 1.0}, "not so that its own is better"),
     ],

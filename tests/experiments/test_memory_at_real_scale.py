@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 
 from experiments import model_size, peak_memory, peft_cost
+from lab.claims import Evidence
 from lab.memory.architecture import Architecture
 from lab.planner import load_config
+from lab.specs import Simulation, TrialSpec
+from tests.test_records import make_record
 
 
 @pytest.mark.parametrize(
@@ -35,9 +38,21 @@ def test_where_a_saving_fades_is_found_from_far_points_though_another_phase_peak
 def test_a_card_holds_less_than_its_name_says_and_takes_the_largest_model_that_is_no_more() -> None:
     assert 0.85 * 24 * 2**30 < model_size._room(24) < 0.96 * 24 * 2**30
     room = model_size._room(24)
-    needs = [(1.0, room - 1.0), (2.0, float(room)), (3.0, room + 1.0)]
-    assert model_size._largest(needs, 24) == 2.0
-    assert model_size._largest([(1.0, room + 1.0)], 24) == 0.0
+
+    def largest(needs: dict[float, float]) -> float:
+        settings = Simulation(model="llama-6m")
+        evidence = Evidence(
+            make_record(
+                TrialSpec(experiment="model_size", name=f"sim-{size:g}b", arm=arm, tier="sim", settings=settings),
+                figures={"parameters_base": size * 1e9, "weights_bytes": need},
+            )
+            for arm in ("loaded-16-bits", "loaded-4-bits")
+            for size, need in needs.items()
+        )
+        return model_size._table(evidence, "loaded")["16 bits"][24]
+
+    assert largest({1.0: room - 1.0, 2.0: float(room), 3.0: room + 1.0}) == 2.0
+    assert largest({1.0: room + 1.0}) == 0.0
 
 
 def test_the_published_figures_are_those_of_the_tests_of_the_simulation() -> None:

@@ -138,6 +138,28 @@ def test_a_loss_between_two_points_is_interpolated() -> None:
     assert subject._lost_at(curve, 0.4) == 1.0
 
 
+def test_what_the_largest_rate_as_good_would_lose_is_told_and_not_judged() -> None:
+    worse, broken = runs("full", 0.5, 0.0, rate=1e-1), runs("full", 0.9, 0.0, rate=3e-2)[:2]
+    broken[1] = broken[1].model_copy(update={"status": "diverged"})
+    swept = [*runs("full", 0.9, 1.0), *runs("full", 0.88, 0.0, rate=1e-2)[:2], *broken, *worse[:2]]
+    found = subject.judge_forgetting(evidence(swept, runs("lora", 0.9, 0.6)))
+    assert found.verdict == "refuted"
+    assert "recall by rate as good: 0.001: 1.00, 0.01: 0.00" in found.because
+    assert "rate as good: tiny would lose full 100 at 0.01 (2 seeds), lora 40 at 0.001 (5 seeds)" in found.because
+
+
+def test_an_undecided_verdict_says_what_it_excludes() -> None:
+    spread = [
+        r.model_copy(update={"figures": {**r.figures, "recall": 0.5 + 0.5 * (-1) ** r.setting("seed")}})
+        for r in runs("prompt", 0.9, 0.5)
+    ]
+    found = subject.judge_forgetting(evidence(runs("full", 0.9, 0.9), runs("lora", 0.9, 0.5), spread))
+    assert found.verdict == "inconclusive"
+    assert "`supported` is excluded: 3 of 4 cells no, the others undecided" in found.because
+    decided = subject.judge_forgetting(evidence(runs("full", 0.9, 0.9), runs("lora", 0.9, 0.5)))
+    assert "excluded" not in decided.because
+
+
 def test_every_method_gets_as_many_rates() -> None:
     section = {
         "tiny": {

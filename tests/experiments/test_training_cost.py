@@ -16,7 +16,7 @@ from lab.claims import Claim, Evidence, Verdict, judge
 from lab.plots import Line, draw
 from lab.records import Record
 from lab.specs import Memory, Simulation, Timing, Training, TrialSpec, templates
-from lab.statistics import bonferroni
+from lab.statistics import bonferroni, mean_ratio
 from lab.study import Study
 from tests.conftest import ROOT
 from tests.test_records import make_record
@@ -111,7 +111,6 @@ def test_slower_updates_and_as_many_refute_it_and_the_other_control_differs() ->
     ("ratio", "losses", "said"),
     [
         (0.8, (2.5, 2.0), "time to the target loss (no: lora on tiny 1.60"),  # 20 updates for 10
-        (1.2, (1.0, 1.0), "time to the target loss (yes: lora on tiny 0.60"),  # 5 updates: on a straight line
         (0.8, (2.9, 2.8), "time to the target loss (no: lora on tiny inf [inf, inf]"),  # never
     ],
 )
@@ -119,6 +118,25 @@ def test_the_two_senses_are_judged_apart(ratio: float, losses: tuple[float, ...]
     found = faster(ratio, losses)
     assert found.verdict == "conditional"
     assert said in found.because
+
+
+def test_what_is_reached_before_the_first_point_of_a_curve_is_undecided() -> None:
+    early = faster(1.2, (1.0, 1.0))  # 5 updates for 10, on a straight line from the start
+    assert early.verdict == "inconclusive"
+    assert "time to the target loss (undecided: lora on tiny 0.60" in early.because
+    assert early.because.endswith("; undecided, since it is reached before the first point of a curve: lora on tiny")
+    late = [*timing("time-lora", 1.2), base(), *trained(FULL, (1.0, 1.0)), *trained("lora", (2.5, 2.0))]
+    assert verdict("peft-trains-faster", late).verdict == "inconclusive"
+    never = [*late[: len(SEEDS) + 1], *trained(FULL, (1.0, 1.0)), *trained("lora", (2.9, 2.8))]
+    assert verdict("peft-trains-faster", never).verdict == "refuted"
+
+
+def test_a_faster_method_may_need_fewer_updates_on_points_that_were_measured() -> None:
+    full, lora = trained(FULL, (2.5, 2.0, 1.0)), trained("lora", (2.0, 1.5, 1.0))
+    found = verdict("peft-trains-faster", [*timing("time-lora", 1.2), base(), *full, *lora])
+    assert found.verdict == "conditional"
+    assert "time to the target loss (yes: lora on tiny 0.60" in found.because
+    assert "full fine-tuning as every method: refuted" in found.control
 
 
 def test_a_time_within_the_margin_of_full_fine_tuning_s_is_not_faster() -> None:
@@ -150,11 +168,11 @@ def test_a_method_that_was_timed_in_vain_is_not_passed_over() -> None:
 
 def test_a_ratio_s_interval_is_the_inverse_ratio_s_inverted_and_wider_for_more_comparisons() -> None:
     ratios = [0.5, 0.6, 0.8]
-    one, other = (training_cost._mean_ratio(values, 0.95) for values in (ratios, [1 / r for r in ratios]))
+    one, other = (mean_ratio(values, 0.95) for values in (ratios, [1 / r for r in ratios]))
     assert (one.low, one.high) == pytest.approx((1 / other.high, 1 / other.low))
-    wide = training_cost._mean_ratio(ratios, bonferroni(9))
+    wide = mean_ratio(ratios, bonferroni(9))
     assert 0 < wide.low < one.low < one.estimate < one.high < wide.high
-    alone = training_cost._mean_ratio([0.5], 0.95)
+    alone = mean_ratio([0.5], 0.95)
     assert (alone.low, alone.high) == (0, math.inf)
 
 
@@ -214,7 +232,19 @@ def test_quantisation_is_cheaper_if_bytes_fall_and_nothing_is_paid_for_it() -> N
 def test_quantisation_that_saves_no_bytes_is_refuted_however_fast() -> None:
     found = quantised(0.5, 950.0, 1000.0)
     assert found.verdict == "refuted"
-    assert found.control == "LoRA as QLoRA: refuted, LoRA at half its cost as QLoRA: supported"
+    assert found.control.startswith("LoRA as QLoRA: refuted, LoRA at half its cost as QLoRA: supported")
+
+
+def test_a_fifth_of_the_progress_or_twice_the_time_is_noticed() -> None:
+    found = quantised(1.0, 500.0, 300.0)
+    assert "QLoRA that lost a fifth of the progress: conditional, QLoRA at twice the time: conditional" in found.control
+
+
+def test_without_training_nothing_is_known_of_the_loss_and_quantisation_is_not_supported() -> None:
+    records = [peak("lora", 1000.0), peak("qlora", 500.0, 300.0), *timing("qlora-over-lora", 1.0, "lora", "qlora")]
+    found = verdict("quantised-peft-is-cheaper", records)
+    assert found.verdict == "inconclusive"
+    assert "undecided: progress lost on tiny, not trained, nan [-inf, inf]" in found.because
 
 
 def test_in_the_sim_tier_bytes_decide_and_elsewhere_time_is_needed_too() -> None:
@@ -251,6 +281,17 @@ def test_the_picture_has_a_point_for_every_method_that_was_timed_and_trained() -
     assert list(lines) == [FULL, "lora"]
     assert (lines[FULL].x, lines[FULL].y, lines[FULL].area) == ([2.0], [0.5], [1.0])
     assert lines["lora"].area == pytest.approx([1.5], rel=0.01)
+
+
+def test_a_method_is_on_the_front_unless_another_is_as_good_in_all_and_better_in_one() -> None:
+    lines = {
+        "small": Line([1], [0.5], area=[1]),
+        "good": Line([2], [0.9], area=[1]),
+        "quick": Line([2], [0.5], area=[0.5]),
+        "beaten": Line([2], [0.9], area=[1.1]),
+        "equal to good": Line([2], [0.9], area=[1]),
+    }
+    assert training_cost.undominated(lines) == {"small", "good", "quick", "equal to good"}
 
 
 def test_names_beside_points_that_lie_close_together_cover_neither_points_nor_names(tmp_path: Path) -> None:

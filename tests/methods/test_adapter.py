@@ -8,50 +8,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel
+from transformers import BertConfig, BertModel
 
 from lab.errors import LabError
 from lab.methods import AdapterOptions, apply_method, closed_form, count_parameters
 from lab.methods.adapter import ACTIVATIONS, PLACES, BottleneckLayer, apply
-from tests.methods.away import TOKENS, drawn, logits
-
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "max_position_embeddings": 64,
-}
-GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {},
-    "gemma": {},
-    "gemma2": {},
-    "gemma3_text": {},
-    "phi": {},
-    "phi3": {},
-    "granite": {},
-    "smollm3": {},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
-    "mixtral": {"num_local_experts": 4},
-    "gpt2": GPT,
-    "gpt_bigcode": GPT,
-}
-
-
-def base(family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family]})
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+from tests.methods.away import FAMILIES, TOKENS, base, drawn, logits
 
 
 def adapter(family: str = "llama", **options: Any) -> Any:
@@ -115,8 +77,9 @@ def test_it_is_saved_and_loaded_switched_off_and_unloaded(family: str, tmp_path:
     torch.testing.assert_close(logits(model.unload()), logits(base(family)))
 
 
-def test_switched_adapters_give_what_models_of_their_own_give(tmp_path: Path) -> None:
-    first, second = drawn(adapter(), seed=1), drawn(adapter(reduction_factor=4), seed=2)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_switched_adapters_give_what_models_of_their_own_give(family: str, tmp_path: Path) -> None:
+    first, second = drawn(adapter(family), seed=1), drawn(adapter(family, reduction_factor=4), seed=2)
     expected = [logits(first), logits(second)]
     second.save_pretrained(tmp_path)
     first.load_adapter(tmp_path, "second")

@@ -1,0 +1,90 @@
+"""The page on one claim."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import cast
+
+import pytest
+
+from lab.claims import Tier, VerdictName
+from lab.errors import LabError
+from lab.explain import flips, page
+from lab.study import Study
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return Study.load("cpu", ROOT)
+
+
+def fields(text: str) -> dict[str, str]:
+    """The page's fields by name, each with the text of its first occurrence."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in text.splitlines()[1:]:
+        if line and not line.startswith(" "):
+            name = line[:16].strip()
+            found.setdefault(name, line[16:])
+        elif name:
+            found[name] += f" {line.strip()}"
+    return found
+
+
+@pytest.mark.parametrize("claim", ["weights-bytes", "peft-keeps-quality", "model-size-limit"])
+def test_a_page_has_what_a_person_asks(study: Study, claim: str) -> None:
+    experiment = study.registry.claims[claim][0].name
+    found = fields(page(study, claim))
+    wanted = ["Claim", "Counts as true", "Verdict", "Figures", "Because", "Where it flips", "Scope", "Check", "Advice"]
+    assert [*wanted, "Plot", "Records", "Source", "Run it again"] == list(found)
+    assert found["Claim"].startswith(study.registry.claims[claim][1].statement)
+    assert found["Run it again"] == f"rm -r results/cpu/{experiment} && lab study {experiment} --profile cpu"
+    assert (ROOT / found["Source"]).is_file()
+    assert (ROOT / found["Plot"].strip()).is_file()
+
+
+def test_no_line_is_wider_than_a_terminal(study: Study) -> None:
+    for claim in study.registry.claims:
+        assert max(map(len, page(study, claim).splitlines())) <= 100
+
+
+def test_a_claim_without_evidence_says_that_it_was_not_run() -> None:
+    found = fields(page(Study.load("gpu", ROOT), "weights-bytes"))
+    assert found["Verdict"].startswith("not run")
+    assert found["Where it flips"] == "not known: the evidence does not decide"
+    assert "Records" not in found
+    assert found["Run it again"] == "lab study memory_formulas --profile gpu"
+
+
+def test_a_rule_flips_within_a_tier_between_tiers_or_nowhere_that_was_measured(study: Study) -> None:
+    def told(**verdicts: VerdictName) -> str:
+        first = next(v for v in study.verdicts if v.claim == "weights-bytes")
+        made = [replace(first, tier=cast(Tier, tier), verdict=verdict) for tier, verdict in verdicts.items()]
+        other = Study(study.params, study.registry, study.workspace)
+        other.__dict__["verdicts"] = made
+        return flips(other, made[0])
+
+    assert told(cpu="supported", sim="supported") == (
+        "nowhere in the regimes that were measured; outside them it was not tried"
+    )
+    assert told(cpu="supported", sim="refuted") == "in the sim tier it is refuted"
+    within = "within what was measured: true in one regime and false in another, both named above"
+    assert told(cpu="conditional", sim="conditional") == within
+    assert told(cpu="conditional", sim="refuted") == f"{within}; in the sim tier it is refuted"
+    undecided = "not known: the evidence does not decide"
+    assert told(cpu="inconclusive", sim="supported") == f"{undecided}; in the sim tier it is supported"
+
+
+def test_trials_without_a_result_are_told(study: Study) -> None:
+    first = next(v for v in study.verdicts if v.claim == "weights-bytes")
+    other = Study(study.params, study.registry, study.workspace)
+    other.__dict__["verdicts"] = [replace(first, unsuccessful=3)]
+    assert (
+        fields(page(other, "weights-bytes"))["Beware"] == "3 trials gave no result; the verdict counts them as missing"
+    )
+
+
+def test_an_unknown_claim_is_told_with_the_nearest(study: Study) -> None:
+    with pytest.raises(LabError, match=r"unknown claim 'weight-bytes'\. Did you mean 'weights-bytes'\? Known: "):
+        page(study, "weight-bytes")
