@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 study: setup
-	@lab study $(ONLY) $(if $(PROFILE),--profile $(PROFILE)) $(if $(FORCE),--force)
+	@lab study $(ONLY) $(if $(PROFILE),--profile $(PROFILE))
 
 test: setup
 	ruff check .

@@ -66,7 +66,6 @@ def _study(profile: str | None) -> Study:
 def study(
     experiments: Annotated[Optional[list[str]], typer.Argument(help="Which ones; all if none is named.")] = None,  # noqa: UP045
     profile: ProfileOption = None,
-    force: Annotated[bool, typer.Option(help="Measure again even what is up to date.")] = False,
 ) -> None:
     """Run the pipeline with `dvc repro` and print the verdicts. Stop it anywhere; it goes on where it was."""
     from lab.records import check_writable
@@ -85,7 +84,7 @@ def study(
 
         print_forecast(card, _forecast_rows(chosen, card, wanted))
     with _interruptible(), study_lock(chosen.workspace):
-        code = reproduce(chosen.workspace, force, wanted)
+        code = reproduce(chosen.workspace, wanted)
     if code:
         print(f"lab study: dvc repro ended with {code}; its last lines say why. Start again to go on.", file=sys.stderr)
         raise typer.Exit(2 if code == 2 else 1)

@@ -73,7 +73,7 @@ def _where(study: Study, experiment: Experiment, found: list[Verdict]) -> Iterat
         yield from _field("Records", f"{folder} ({count})")
     yield from _field("Source", f"experiments/{experiment.name}.py")
     profile = "gpu" if {verdict.tier for verdict in found} == {"gpu"} else study.workspace.profile
-    if count:  # records that still hold are not measured again, by --force neither: DVC leaves their folder as it is
+    if count:  # records that still hold are not measured again
         yield from _field("Run it again", f"rm -r {folder} &&")
     yield from _field("" if count else "Run it again", f"lab study {experiment.name} --profile {profile}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -301,7 +302,7 @@ def set_profile(path: Path, profile: str) -> str:
     return before
 
 
-def reproduce(workspace: Workspace, force: bool = False, experiments: Sequence[str] = ()) -> int:
+def reproduce(workspace: Workspace, experiments: Sequence[str] = ()) -> int:
     """`dvc repro` with the profile of the workspace; params.yaml is put back afterwards.
 
     The text from before lies in `.lab` meanwhile, so that a study which was killed is put right by the next one.
@@ -321,9 +322,11 @@ def reproduce(workspace: Workspace, force: bool = False, experiments: Sequence[s
     records.write_text(kept, workspace.params.read_text(encoding="utf-8"))
     before = set_profile(workspace.params, workspace.profile)
     try:
-        command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if force else [])]
         stages = [f"trials@{name}" for name in experiments]
-        code = subprocess.run([*command, *stages], cwd=workspace.root).returncode
+        command = [sys.executable, "-m", "dvc", "repro", *stages]
+        # The stages call `lab` by its name, which a shell need not know: that of this Python comes first.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        code = subprocess.run(command, cwd=workspace.root, env={**os.environ, "PATH": path}).returncode
         if stages and not code:  # the stage `verdicts` waits for all experiments
             judge_it = [sys.executable, "-m", "lab.cli", "judge", "--profile", workspace.profile]
             code = subprocess.run(judge_it, cwd=workspace.root).returncode

@@ -599,17 +599,20 @@ def test_a_study_of_one_experiment_runs_it_and_what_it_reads_and_judges_all_that
     class Done:
         returncode = 0
 
-    def run(command: list[str], **_: Any) -> Done:
+    def run(command: list[str], env: dict[str, str] | None = None, **_: Any) -> Done:
         commands.append(command[3:])
+        if "repro" in command:  # its stages call `lab`, also where no shell has activated the environment
+            assert env is not None
+            assert env["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
         return Done()
 
     monkeypatch.setattr(study.subprocess, "run", run)
     assert study.reproduce(Workspace(project.root, "smoke"), experiments=["peft_vs_full", "training_cost"]) == 0
-    assert study.reproduce(Workspace(project.root, "smoke"), force=True) == 0
+    assert study.reproduce(Workspace(project.root, "smoke")) == 0
     assert commands == [
         ["repro", "trials@peft_vs_full", "trials@training_cost"],
         ["judge", "--profile", "smoke"],
-        ["repro", "--force"],
+        ["repro"],
     ]
 
 

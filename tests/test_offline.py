@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lab import records
-from lab.claims import judge
+from lab.claims import Evidence, in_tier, judge
 from lab.errors import LabError
 from lab.importing import file_records
 from lab.offline import LIMIT, is_simulated, measure, order, pack, tried_in_vain, unpack
@@ -166,9 +166,11 @@ def test_a_bundle_runs_without_network_and_packages_stops_goes_on_and_is_importe
     assert len(list((tmp_path / filed.folder / "peak_memory").glob("*.json"))) == len(found)
 
     experiment = study.registry.experiment("peak_memory")
-    verdicts = {c.id: judge(experiment, c, filed.folder, "cpu", found, len(found)).verdict for c in experiment.claims}
-    assert verdicts["prediction-matches-measurement"] == "supported"
-    assert verdicts["four-parts-explain-peak"] in ("conditional", "refuted")
+    verdicts = {c.id: judge(experiment, c, filed.folder, "cpu", found, len(found)) for c in experiment.claims}
+    # Three setups are too few for the planted faults to come out as they should, which every verdict has to notice.
+    assert "the check is not to be trusted" in verdicts["four-parts-explain-peak"].because
+    prediction = experiment.claims[1].judge(Evidence(in_tier(found, "cpu")))
+    assert (prediction.verdict, prediction.n) == ("supported", 3)
 
     wrong = start(bundle, packages, "--device", "cuda")
     assert "--device cuda: the profile smoke is for cpu" in wrong.communicate()[0]
