@@ -265,7 +265,7 @@ EXPERIMENT = Experiment(
                 "refuted": "Put worked examples into the prompt, and keep their cache, before you train anything.",
                 "inconclusive": "Tune if the base gets your questions wrong; to save cost, time both ways on your server first.",
             },
-            stated={"cpu": "inconclusive"},
+            stated={"cpu": "inconclusive", "full": "inconclusive"},
         ),
     ),
     plots=(
