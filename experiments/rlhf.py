@@ -6,7 +6,7 @@ Control   the model after updates at a learning rate of 0 presented as trained; 
 Run       lab run rlhf --profile cpu
 
 That an objective moves does not show that the question was read: the commonest answer, or how often an answer is right
-elsewhere, may move it as far. The verdict says how far these would go.
+elsewhere, may move it as far. The verdict says how far these go, and which trainers get further.
 """
 
 from __future__ import annotations
@@ -46,11 +46,6 @@ TITLES = {
     "rloo": "RLOO",
     "grpo": "GRPO",
 }
-
-COMMONEST: dict[str, tuple[str, float, float]] = {"family": ("son", 0.255, 0.655)}
-"""Of a task: its commonest answer, the share of the first 200 held-out rows of the profile `cpu` that have it, and the share
-of their preference pairs (lab/rlhf.py, `preferences`) that are told apart by which answer is right more often in the 2,000
-training rows. Counted in the prepared data, as records do not carry the answers."""
 
 # The least that counts as moved. Shares of pairs and mean rewards lie between 0 and 1: five more in a hundred is what a
 # reader would see in a plot; for SFT, 0.05 nats are 5 % of an answer token's perplexity.
@@ -134,7 +129,8 @@ def judge(evidence: Evidence) -> Finding:
         for t, a in {**answers, **others}.items()
         if t in there
     ]
-    reasons += _unread(evidence, there)
+    if there:
+        reasons.append(_reads(evidence, there))
     given = list(answers.values())
     sure, possible = given.count("yes"), len(given) - given.count("no")
     unit = f"of {len(NAMED)} named trainers there and moving"
@@ -156,24 +152,23 @@ def _greedy(records: list[Record]) -> str:
     return f", greedy answers right {before:.0%} before and {after:.0%} after"
 
 
-def _unread(evidence: Evidence, there: Sequence[str]) -> list[str]:
-    """Of the trainers that are there: which seeds end at exactly the share of the commonest answer, and what frequency tells."""
-    task = evidence.select()[0].setting("task")
-    if not there or task not in COMMONEST or evidence.select(there[0])[0].setting("questions") != 200:
-        return []
-    word, share, told = COMMONEST[task]
-    stuck = []
+def _reads(evidence: Evidence, there: Sequence[str]) -> str:
+    """Which trainers end by LEAST above what can be had without the question, and where each ends."""
+    words: dict[Answer, list[str]] = {"yes": [], "no": [], "undecided": []}
     for trainer in there:
-        found = [r.figures.get("accuracy_after") for r in evidence.select(trainer)]
-        if share in found:
-            stuck.append(f"{TITLES[trainer]} in {found.count(share)} of {len(found)}")
-    pairs = [t for t in PAIRED if t in there]
-    ends = [f"{fmean(r.figure('objective_after') for r in evidence.select(t)):.1%}" for t in pairs]
-    return [
-        f"no trainer is shown to have read the question: {share:.1%} of the answers are '{word}' (exactly as many greedy ones "
-        f"right, in seeds: {', '.join(stuck) or 'none'}), and {told:.1%} of the pairs are told apart by which answer is the "
-        f"commoner ({', '.join(TITLES[t] for t in pairs)} end at {', '.join(ends)})"
-    ]
+        found = [r for r in evidence.select(trainer) if "unread" in r.figures]
+        if not found:
+            continue
+        ends = [r.figure("objective_after" if trainer in PAIRED else "accuracy_after") for r in found]
+        unread = [r.figure("unread") for r in found]
+        answer = lies_above(paired_difference(ends, unread, bonferroni(len(there))), LEAST)
+        words[answer].append(f"{TITLES[trainer]} {fmean(ends):.0%} where {fmean(unread):.0%} need none")
+    shown = [*words["no"], *words["undecided"]]
+    return (
+        "shown to have read the question, by pairs or by answers right: "
+        + (", ".join(words["yes"]) or "none")
+        + (f"; not shown: {', '.join(shown)}" if shown else "")
+    )
 
 
 def _rise(records: list[Record], trainers: int, confidence: float | None = None) -> Interval:
@@ -233,8 +228,8 @@ EXPERIMENT = Experiment(
             f"control lies above {LEAST:g} (share of preferences, mean reward; SFT: nats per answer token), 95 % over all trainers "
             "together (Bonferroni); SFT, reward model, DPO and PPO decide, KTO, RLOO and GRPO are reported",
             scope="full fine-tuning of a small model on one task of reasoning-gym, fp32, after a short warm-up; held-out "
-            "rows; preferences are right answers against answers of other questions, drawn evenly, so that the commoner answer of "
-            "a pair is mostly the right one; an objective that moves, not a question that is read; the claim ages with trl",
+            "rows; preferences are right answers against answers of other questions; an objective that moves, be the question "
+            "read or not; rates and updates tried beforehand on other rows and seeds; the claim ages with trl",
             judge=judge,
             controls={
                 "no update presented as trained": Control(still, "refuted"),

@@ -9,6 +9,7 @@ import math
 import random
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -45,6 +46,9 @@ CONTROL_UPDATES = 2
 
 WARM_UP_BATCH = 8
 """Rows in an update of the warm-up, whatever the trainer's own batch is: all trainers start from the same model."""
+
+REWARDED_TOGETHER = 32
+"""Rows that a reward model scores in one forward pass."""
 
 PAIRED = ("reward", "dpo", "kto")
 SAMPLED = ("rloo", "grpo", "ppo")
@@ -113,14 +117,14 @@ def verifier(task: str, examples: Sequence[Example]) -> Verifier:
 def preferences(examples: Sequence[Example], verify: Verifier, seed: int) -> list[Pair]:
     """Each example's right answer against the answer of another example that the verifier finds wrong.
 
-    Wrong answers are drawn evenly from all that occur. Those that are seldom right are then often wrong, so that a pair can
-    be told apart in part by its answers alone, as people's preferences can by style and length.
+    An answer is wrong about as often as it is right, so that which of two is the commoner tells next to nothing:
+    `told_by_frequency` says how much.
 
     Raises:
         LabError: the examples have one answer between them.
     """
-    answers = sorted({example.answer for example in examples})
-    if len(answers) < 2:
+    answers = [example.answer for example in examples]
+    if len(set(answers)) < 2:
         raise LabError(
             f"preferences need two different answers; {len(examples)} examples have one. Take more examples."
         )
@@ -132,6 +136,19 @@ def preferences(examples: Sequence[Example], verify: Verifier, seed: int) -> lis
             wrong = rng.choice(answers)
         pairs.append(Pair(example.prompt, example.completion, f" {wrong}"))
     return pairs
+
+
+def told_by_frequency(pairs: Sequence[Pair], learnt: Sequence[Example]) -> float:
+    """The share of pairs whose right answer is the commoner one among the learnt, a tie counting half: no question is read."""
+    often = Counter(example.completion for example in learnt)
+    right, wrong = ([float(often[getattr(pair, side)]) for pair in pairs] for side in ("chosen", "rejected"))
+    return preference_figures(right, wrong)["objective"]
+
+
+def commonest_share(examples: Sequence[Example], learnt: Sequence[Example]) -> float:
+    """The share of the examples that the commonest answer among the learnt is right of: no question is read."""
+    ((commonest, _),) = Counter(example.completion for example in learnt).most_common(1)
+    return statistics.fmean(example.completion == commonest for example in examples)
 
 
 # The trial ------------------------------------------------------------------------------------------------------
@@ -154,6 +171,8 @@ def align(settings: Rlhf, workspace: Workspace) -> Outcome:
         margin_before, margin_control, margin_after: mean reward of the right answer less that of the wrong one (reward, dpo,
             kto). For dpo and kto the reward is beta times the log-ratio to the start.
         accuracy_before, accuracy_control, accuracy_after: share of held-out prompts whose greedy answer is right (not reward).
+        unread: what can be had without the question, from how often an answer is right in the training rows: the objective of
+            a preference (reward, dpo, kto), the accuracy of the commonest answer (the others).
 
     Raises:
         LabError: an unprepared model or task; a task without a verifier.
@@ -174,6 +193,7 @@ def align(settings: Rlhf, workspace: Workspace) -> Outcome:
         arms["control"], _ = run.train(0.0, CONTROL_UPDATES)
         arms["after"], history = run.train(settings.learning_rate, settings.updates)
         scores = {arm: run.objective(model) for arm, model in arms.items()}
+    outcome.figures["unread"] = run.unread
     outcome.series = {
         f"train_{name}": [entry[name] for entry in history if name in entry] for name in ("loss", "reward")
     }
@@ -226,8 +246,10 @@ class Alignment:
         )
         self.beta = 0.0
         self.reference: dict[int, list[evaluation.Score]] = {}
+        self.unread = commonest_share(self.held_out, self.learnt)
         if settings.trainer in PAIRED:
             pairs = preferences(self.held_out, self.verify, seed=0)  # the same questions for every seed
+            self.unread = told_by_frequency(pairs, self.learnt)
             self.sides = [
                 [evaluation.encode(self.tokenizer, pair.prompt, getattr(pair, side)) for pair in pairs]
                 for side in ("chosen", "rejected")
@@ -352,11 +374,12 @@ class Alignment:
     def _rewards(self, model: Any, rows: Sequence[evaluation.Row]) -> list[float]:
         """What a reward model gives each row."""
         model.eval()
-        padding, rewards = self.tokenizer.pad_token_id, []
-        for row in rows:
-            ids = torch.tensor([row.input_ids], device=self.settings.device)
+        rewards: list[float] = []
+        for first in range(0, len(rows), REWARDED_TOGETHER):
+            ids = [row.input_ids for row in rows[first : first + REWARDED_TOGETHER]]
+            inputs = self.tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
             with torch.no_grad():
-                rewards.append(float(model(input_ids=ids, attention_mask=(ids != padding).long()).logits))
+                rewards += model(**inputs.to(self.settings.device)).logits[:, 0].tolist()
         return rewards
 
     def _sampled_worth(self, model: Any) -> float:

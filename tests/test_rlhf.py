@@ -14,7 +14,17 @@ from lab.data import load_task
 from lab.errors import LabError
 from lab.evaluation import encode
 from lab.models import load_model, load_tokenizer
-from lab.rlhf import Alignment, align, find_trainer, preference_figures, preferences, verifier
+from lab.rlhf import (
+    Alignment,
+    Pair,
+    align,
+    commonest_share,
+    find_trainer,
+    preference_figures,
+    preferences,
+    told_by_frequency,
+    verifier,
+)
 from lab.specs import Rlhf
 from lab.workspace import Workspace
 from tests.conftest import prepare_embedded
@@ -61,7 +71,7 @@ def test_every_trainer_moves_its_model_and_its_control_moves_nothing(sums: Works
     assert figures["present"] == 1
     assert outcome.tags["module"] == "trl"
     assert not outcome.diverged
-    names = {name.rpartition("_")[0] for name in figures if name != "present"}
+    names = {name.rpartition("_")[0] for name in figures if name not in ("present", "unread")}
     assert "objective" in names
     for name in names:
         assert figures[f"{name}_control"] == figures[f"{name}_before"], name
@@ -89,12 +99,16 @@ def test_the_same_settings_give_the_same_numbers_and_another_seed_others(sums: W
 
 def test_swapped_preferences_turn_the_objective_round(sums: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     run = alignment(sums, "dpo")
+    pairs = preferences(
+        run.learnt, run.verify, run.settings.seed
+    )  # what was learnt: so few updates teach no arithmetic
+    run.sides = [[encode(run.tokenizer, p.prompt, getattr(p, side)) for p in pairs] for side in ("chosen", "rejected")]
     rise = run.objective(run.train(0.01, 6)[0])["margin"]
     rows = run._training_rows()
     swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     monkeypatch.setattr(run, "_training_rows", lambda: swapped)
     fall = run.objective(run.train(0.01, 6)[0])["margin"]
-    assert rise > fall
+    assert rise > 0 > fall
 
 
 def test_an_implicit_reward_is_beta_times_the_log_ratio_to_the_start(sums: Workspace) -> None:
@@ -143,6 +157,32 @@ def test_a_preference_sets_the_right_answer_against_one_that_the_verifier_finds_
         assert verify(pair.rejected, example.answer) < 1
     assert pairs == preferences(examples, verify, seed=0)
     assert pairs != preferences(examples, verify, seed=1)
+
+
+def test_what_needs_no_question_is_counted() -> None:
+    learnt = [Example(f"{n}?", answer) for n, answer in enumerate("aaabbc")]
+    asked = [Example(f"{n}!", answer) for n, answer in enumerate("abab")]
+    assert commonest_share(asked, learnt) == 0.5
+    sides = [("a", "b"), ("b", "a"), ("c", "d"), ("d", "e")]
+    pairs = [Pair("?", f" {right}", f" {wrong}") for right, wrong in sides]
+    assert told_by_frequency(pairs, learnt) == (1 + 0 + 1 + 0.5) / 4
+
+
+def test_wrong_answers_are_as_common_as_right_ones() -> None:
+    answers = ["a"] * 60 + ["b"] * 30 + ["c"] * 10
+    examples = [Example(f"{n}?", answer) for n, answer in enumerate(answers)] * 20
+    pairs = preferences(examples, lambda answer, right: float(answer.strip() == right), seed=0)
+    # Of answers drawn evenly it would be 75 %: half of the pairs against the one, half against the other.
+    assert told_by_frequency(pairs, examples) == pytest.approx(0.6 + 0.3 * 0.1 / 0.7, abs=0.02)
+
+
+def test_rewards_do_not_depend_on_what_is_scored_beside(sums: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = alignment(sums, "reward")
+    model, _ = run.train(0.02, 3)
+    together = run._rewards(model, run.sides[0])
+    monkeypatch.setattr(rlhf, "REWARDED_TOGETHER", 1)
+    assert together == pytest.approx(run._rewards(model, run.sides[0]), abs=1e-5)
+    assert len(set(together)) > 1
 
 
 def test_examples_with_one_answer_give_no_preference() -> None:

@@ -30,7 +30,7 @@ def made_up_figures(spec: TrialSpec) -> dict[str, Any]:
     figures: dict[str, Any] = {"present": 1.0, "train_loss": [0.7, 0.6], "train_reward": [0.1, 0.2]}
     for name in ("objective", "margin", "accuracy"):
         figures |= {f"{name}_before": 0.5, f"{name}_control": 0.5, f"{name}_after": after}
-    return figures
+    return figures | {"unread": 0.5}
 
 
 def record(trainer: str, seed: int, rise: float | None) -> Record:
@@ -39,7 +39,10 @@ def record(trainer: str, seed: int, rise: float | None) -> Record:
     spec = TrialSpec(experiment="rlhf", name=f"{trainer}-seed{seed}", arm=trainer, settings=settings)
     figures: dict[str, float | None] = {"present": 0.0}
     if rise is not None:
-        figures = {"present": 1.0, "objective_control": 0.5, "objective_after": 0.5 + rise + SPREAD[seed]}
+        after = 0.5 + rise + SPREAD[seed]
+        figures = {"present": 1.0, "objective_control": 0.5, "objective_after": after, "unread": 0.5}
+        if trainer != "reward":
+            figures |= {"accuracy_control": 0.4, "accuracy_after": after}
     return make_record(spec, figures=figures)
 
 
@@ -108,28 +111,21 @@ def test_greedy_answers_that_get_worse_while_the_objective_rises_are_told() -> N
     told = rlhf.judge(Evidence(found))
     assert told.verdict == "supported"
     assert "greedy answers right 20% before and 5% after" in told.because
-    assert told.because.count("greedy") == 1
+    assert told.because.count("greedy") == 6
 
 
-def test_answers_that_are_right_as_often_as_the_commonest_one_are_no_sign_of_reading_the_question() -> None:
-    share = rlhf.COMMONEST["family"][1]
+def test_what_needs_no_question_is_no_sign_of_reading_it() -> None:
+    def learnt(r: Record) -> dict[str, float | None]:
+        """RLOO ends at the commonest answer in each seed, the reward model at what is commoner; GRPO near it."""
+        changes = {"rloo": {"accuracy_after": 0.5}, "reward": {"unread": 0.75}, "grpo": {"unread": 0.7}}
+        return dict(changes.get(r.spec.arm, {}))
 
-    def asked(r: Record, questions: int, accuracy: float) -> Record:
-        settings = r.spec.settings.model_copy(update={"task": "family", "questions": questions})
-        figures = r.figures | {"accuracy_control": 0.2, "accuracy_after": accuracy}
-        return r.model_copy(update={"spec": r.spec.model_copy(update={"settings": settings}), "figures": figures})
-
-    found = [asked(r, 200, share if r.spec.arm == "grpo" else 0.3) for r in records()]
-    said = rlhf.judge(Evidence(found)).because
-    assert "no trainer is shown to have read the question: 25.5% of the answers are 'son'" in said
-    assert "(exactly as many greedy ones right, in seeds: GRPO in 5 of 5)" in said
+    said = rlhf.judge(Evidence(records()).with_figures(learnt)).because
     assert (
-        "65.5% of the pairs are told apart by which answer is the commoner (reward model, DPO, KTO end at 70.0%,"
-        in said
-    )
-    # Of other rows the share is another, and nobody has counted it.
-    assert "read the question" not in rlhf.judge(Evidence([asked(r, 20, share) for r in records()])).because
-    assert "read the question" not in rlhf.judge(Evidence(records())).because
+        "shown to have read the question, by pairs or by answers right: SFT 70% where 50% need none, DPO 70% where "
+        "50% need none, KTO 70% where 50% need none; not shown: reward model 70% where 75% need none, "
+        "RLOO 50% where 50% need none, GRPO 70% where 70% need none"
+    ) in said
 
 
 def test_the_plot_has_a_line_for_each_trainer_that_is_there() -> None:
