@@ -304,11 +304,12 @@ def judge(evidence: Evidence) -> Finding:
     verdicts = {part.verdict for part in parts}
     order: tuple[VerdictName, ...] = ("refuted", "inconclusive", "conditional")
     verdict: VerdictName = next((name for name in order if name in verdicts), "supported")
+    flips = _flips(evidence, found) if len({cell.holds for cell in found}) > 1 else ""
     gains = [cell.gain for cell in found if cell.gain is not None]
     because, unit = "; ".join(part.because for part in parts), "x the largest batch"
     if not gains:
-        return Finding(verdict, None, None, None, unit, 0, because)
-    return Finding.of(verdict, span(gains), unit, because)
+        return Finding(verdict, None, None, None, unit, 0, because, flips=flips)
+    return Finding.of(verdict, span(gains), unit, because, flips)
 
 
 def _relief(evidence: Evidence, found: Sequence[Cell]) -> Part:
@@ -334,6 +335,28 @@ def _relief(evidence: Evidence, found: Sequence[Cell]) -> Part:
     reasons += [f"less than that: {words(little, logits=True)}"] if little else []
     reasons += [f"not one sequence fits either way in {len(none)}: {words(none)}"] if none else []
     return Part(over_regimes(cell.holds for cell in found), "; ".join(reasons))
+
+
+def _flips(evidence: Evidence, found: Sequence[Cell]) -> str:
+    """On which cards the largest batch of a setup doubles, on which it grows by less, and on which no sequence fits."""
+    setups = _setups(evidence)
+    told: dict[str, list[str]] = {}
+    for setup in setups:
+        cells = [cell for cell in found if cell.setup == setup]
+        little = [cell for cell in cells if cell.with_it and not cell.holds]
+        sides = {
+            "the largest batch at least doubles": [cell for cell in cells if cell.holds],
+            "it grows by less": little,
+            "no sequence fits": [cell for cell in cells if not cell.with_it],
+        }
+        words = [f"{side} on {_list(str(c.card) for c in there)} GB" for side, there in sides.items() if there]
+        logits = f" (logits are {_logits_share(setups[setup][-1]):.0%} of what a sequence adds)" if little else ""
+        told.setdefault(", ".join(words), []).append(f"{setup}{logits}")
+    return "; ".join(f"{_list(chosen)}: {words}" for words, chosen in told.items())
+
+
+def _list(words: Iterable[str]) -> str:
+    return ", ".join(words)
 
 
 def _equal(evidence: Evidence) -> Part:

@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import Field
 
+from lab.cards import GIB
 from lab.claims import Claim, Control, Evidence, Experiment, Finding, over_answers
 from lab.params import Count, Profile, Rate, Section
 from lab.plots import Line, Plot
@@ -41,6 +42,9 @@ LOST = 0.01
 
 # Powers of two from no scale at all to beyond 2^16, where torch's dynamic scale begins.
 EXPONENTS = tuple(range(0, 25, 4))
+
+# Of bytes, where two are held in the place of four.
+HALF = 0.5
 
 WAYS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -117,15 +121,33 @@ def trials(params: Params, profile: Profile) -> list[TrialSpec]:
 # Memory ---------------------------------------------------------------------------------------------------------
 
 
-def savings(evidence: Evidence, way: str, figure: str = "peak_bytes") -> list[float]:
-    """Shares of fp32's bytes that a way saves, at each point of each model."""
+def savings(evidence: Evidence, way: str, figure: str = "peak_bytes") -> dict[str, float]:
+    """By point of each model (`tiny 8 x 128`), the share of fp32's bytes that a way saves."""
 
-    def bytes_by_point(arm: str) -> dict[tuple[Any, ...], float]:
-        found = evidence.select(f"memory-{arm}")
-        return {tuple(r.setting(name) for name in ("model", "batch", "length")): r.figure(figure) for r in found}
+    def bytes_by_point(arm: str) -> dict[str, float]:
+        return {_point(r): r.figure(figure) for r in evidence.select(f"memory-{arm}")}
 
     full, half = bytes_by_point("fp32"), bytes_by_point(HELD_AS.get(way, way))
-    return [1 - half[point] / full[point] for point in full]
+    return {point: 1 - half[point] / full[point] for point in full}
+
+
+def _point(record: Record) -> str:
+    return f"{record.setting('model')} {record.setting('batch')} x {record.setting('length'):,}"
+
+
+def _unfused(evidence: Evidence) -> list[str]:
+    """Where the simulation's fp32 holds more than twice the bytes of 16 bits, which the width does not explain, and how many."""
+    fp32, bf16 = ({_point(r): r for r in evidence.select(arm)} for arm in ("memory-fp32", "memory-bf16"))
+    beyond = []
+    for point in [point for point, share in savings(evidence, "bf16").items() if round(share, 2) > HALF]:
+        more = fp32[point].figure("activations_bytes") - bf16[point].figure("activations_bytes") / HALF
+        beyond.append(f"{point} ({more / GIB:,.0f} GiB of fp32's {fp32[point].figure('peak_bytes') / GIB:,.0f})")
+    if not beyond:
+        return []
+    return [
+        f"two bytes for four save {HALF:.0%}: what is above that at {', '.join(beyond)} comes from attention, where fp32 falls "
+        "back to a kernel that is not fused and keeps the scores; autocast and fp32 copies save by the same"
+    ]
 
 
 # Training -------------------------------------------------------------------------------------------------------
@@ -187,18 +209,32 @@ def scales_that_work(records: Sequence[Record]) -> list[int]:
 
 
 def _gradients(evidence: Evidence) -> list[str]:
-    """What each model's gradients say."""
+    """What each model's gradients say: how many fp16 loses, without a loss scale and with one that works."""
     words = []
     for arm in sorted({r.spec.arm for r in evidence.records if r.spec.arm.startswith("scale-")}):
         records = evidence.select(arm)
-        works = [f"2^{exponent}" for exponent in scales_that_work(records)]
+        works = scales_that_work(records)
         unscaled = [r.series[f"{when}_lost"][0] or 0.0 for r in records for when in ("base", "tuned")]
         bf16 = max(r.figure(f"{when}_bf16_lost") for r in records for when in ("base", "tuned"))
+        said = "no scale that was tried keeps them"
+        if works:
+            place = records[0].series["exponent"].index(works[0])
+            left = max(_over_scales(records, f"{when}_lost")[place] for when in ("base", "tuned"))
+            said = f"{left:.2%} at most with one of 2^{works[0]}, right to 2^{works[-1]}"
         words.append(
-            f"fp16 gradients of {arm.removeprefix('scale-')}: {min(unscaled):.0%} to {max(unscaled):.0%} lost without a "
-            f"loss scale (bf16 {bf16:.0%}), right from {works[0] if works else 'none'} to {works[-1] if works else 'none'}"
+            f"fp16 gradients of {arm.removeprefix('scale-')}: {min(unscaled):.0%} to {max(unscaled):.0%} become zero without a "
+            f"loss scale (bf16 {bf16:.0%}), {said}"
         )
     return words
+
+
+def _unscaled(evidence: Evidence) -> str:
+    """What training without a loss scale loses by the gradients that become zero."""
+    lost = progress_lost(evidence, "fp16-unscaled")
+    answers = {_trains(interval) for interval in lost.values()}
+    seen = "was not seen" if answers == {"yes"} else "is seen" if answers == {"no"} else "is undecided"
+    at = ", ".join(_lost_at(lost))
+    return f"an effect of that on the loss {seen}: fp16-unscaled, tried at the highest rate alone, loses {at}"
 
 
 # Judge ----------------------------------------------------------------------------------------------------------
@@ -213,37 +249,83 @@ def judge(evidence: Evidence) -> Finding:
     answers: list[Answer] = []
     peaks: list[float] = []
     words = []
+    by_way: dict[str, tuple[dict[str, float], dict[float, Interval | None]]] = {}
     together = CONFIDENCE if simulated else bonferroni(sum(len(_at(evidence, way, "test_loss")) for way in JUDGED))
     for way in MEASURED if simulated else JUDGED:
         saved = savings(evidence, way)
-        steady = span(savings(evidence, way, "steady_bytes"))
+        steady = span(list(savings(evidence, way, "steady_bytes").values()))
         lost = {} if simulated else progress_lost(evidence, way, together)
-        peaks += saved
+        by_way[way] = saved, lost
+        peaks += saved.values()
         trains: list[Answer] = ["yes"] if simulated else [_trains(interval) for interval in lost.values()]
-        answers += [_both(saving, trained) for saving, trained in product(saved, trains)]
+        answers += [_both(saving, trained) for saving, trained in product(saved.values(), trains)]
         at = ", ".join([*_lost_at(lost), *_enough(lost)])
+        points = ", ".join(f"{share:.0%} at {point}" for point, share in saved.items())
         words.append(
-            f"{way}: {min(saved):.0%} to {max(saved):.0%} of the peak saved, between updates {steady.estimate:.0%}"
+            f"{way}: of the peak saved {points}, between updates {steady.estimate:.0%}"
             + (f", of the progress lost {at}" if at else "")
         )
-    if not simulated:
-        words += _standing_still(evidence)
-        words += _gradients(evidence)
-    return Finding.of(over_answers(answers), span(peaks), "of fp32's peak saved", "; ".join(words))
+    if simulated:
+        words += _unfused(evidence)
+    else:
+        words += [*_standing_still(evidence), *_gradients(evidence), _unscaled(evidence)]
+    flips = _flips(by_way) if len(set(answers)) > 1 else ""
+    return Finding.of(over_answers(answers), span(peaks), "of fp32's peak saved", "; ".join(words), flips)
 
 
 def _lost_at(lost: dict[float, Interval | None]) -> list[str]:
-    """In words: 12% at 0.001."""
-    return [
-        f"{round(100 * i.estimate)}% at {rate:g}" if i else f"all at {rate:g} (it breaks)" for rate, i in lost.items()
-    ]
+    """In words: 12.1 [11.8, 12.4] % at 0.001."""
+    return [f"{_percent(i)} at {rate:g}" if i else f"all at {rate:g} (it breaks)" for rate, i in lost.items()]
+
+
+def _percent(share: Interval) -> str:
+    estimate, low, high = (f"{100 * value:z.1f}" for value in (share.estimate, share.low, share.high))
+    return f"{estimate} [{low}, {high}] %"
 
 
 def _enough(lost: dict[float, Interval | None]) -> list[str]:
-    """From which rate on what is lost is within the margin, on straight lines over the logarithm of the rate."""
-    points = [(math.log10(rate), found.estimate) for rate, found in sorted(lost.items()) if found]
-    enough = first_at_most(points, MARGIN)
-    return [] if enough is None or enough == points[0][0] else [f"{MARGIN:.0%} at about {10**enough:.1g}"]
+    """In words, from which rate on what is lost is within the margin; nothing where that is so at the first, or at none."""
+    found = _within_from(lost)
+    return [f"{MARGIN:.0%} at about {found}"] if found else []
+
+
+def _within_from(lost: dict[float, Interval | None]) -> str:
+    """The rate from which on what is lost is within the margin, on straight lines over the logarithm of the rate.
+
+    Beside it stand the rates from which on the ends of the intervals are.
+    """
+    found = {math.log10(rate): interval for rate, interval in sorted(lost.items()) if interval}
+    enough, first, last = (
+        first_at_most([(rate, getattr(interval, end)) for rate, interval in found.items()], MARGIN)
+        for end in ("estimate", "low", "high")
+    )
+    if enough is None or first is None or enough == min(found):
+        return ""
+    return f"{10**enough:.1g} [{10**first:.1g}, {'not reached' if last is None else f'{10**last:.1g}'}]"
+
+
+def _flips(by_way: dict[str, tuple[dict[str, float], dict[float, Interval | None]]]) -> str:
+    """Which ways save enough, and at which points; and at which rates they train as fp32 does."""
+    ways: dict[str, list[str]] = {}
+    for way, (saved, _) in by_way.items():
+        enough, little = ([p for p in saved if (saved[p] < LEAST_SAVING) == less] for less in (False, True))
+        where = f"at {', '.join(enough)} and not at {', '.join(little)}" if enough and little else ""
+        ways.setdefault(where or ("at every point" if enough else "at no point"), []).append(way)
+    told = [f"{LEAST_SAVING:.0%} of the peak is saved by {', by '.join(f'{_list(w)} {at}' for at, w in ways.items())}"]
+    for way, (_, lost) in by_way.items():
+        rates: dict[Answer, list[str]] = {}
+        for rate, interval in lost.items():
+            rates.setdefault(_trains(interval), []).append(f"{rate:g}" + " (it breaks)" * (interval is None))
+        if rates.keys() - {"yes"}:
+            words = ", ".join(f"{answer} at {_list(there)}" for answer, there in sorted(rates.items(), reverse=True))
+            start = _within_from(lost)
+            below = f" (below about {start} it loses more than {MARGIN:.0%} of the progress)" if start else ""
+            told.append(f"{way} trains as fp32 does: {words}{below}")
+    return "; ".join(told)
+
+
+def _list(words: Sequence[str]) -> str:
+    return ", ".join(words)
 
 
 def _both(saving: float, trains: Answer) -> Answer:
@@ -259,11 +341,9 @@ def _standing_still(evidence: Evidence) -> list[str]:
         of_update, of_all = (sum(values) / len(values) for values in (changed[rate], moved[rate]))
         parts.append(f"{way} {of_update:.0%} in an update and {of_all:.0%} in all")
     skipped = max(value for values in _at(evidence, "fp16-scaled", "skipped").values() for value in values)
-    unscaled = ", ".join(_lost_at(progress_lost(evidence, "fp16-unscaled")))
     return [
         f"weights that change at {rate:g}: {', '.join(parts)}",
-        f"fp16-scaled left out up to {skipped:.0f} updates for an overflow; fp16-unscaled, tried at the highest rate alone: of "
-        f"the progress lost {unscaled}",
+        f"fp16-scaled left out up to {skipped:.0f} updates for an overflow",
     ]
 
 

@@ -15,7 +15,7 @@ timed at batch 1, where a person waits for an answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -206,7 +206,7 @@ def judge(evidence: Evidence) -> Finding:
         return Finding.of("refuted", shares, unit, because)
     verdict = over_answers(cell.answer for cells in senses.values() for cell in cells)
     words = [in_words(sense, cells, _short) for sense, cells in senses.items()]
-    return Finding.of(verdict, shares, unit, "; ".join([*words, *_further(evidence)]))
+    return Finding.of(verdict, shares, unit, "; ".join([*words, *_further(evidence)]), _flips(evidence, senses))
 
 
 def _as_the_formula_says(record: Record, way: str) -> bool:
@@ -228,12 +228,60 @@ def _check_outputs(records: Iterable[Record]) -> None:
                 )
 
 
+def _flips(evidence: Evidence, senses: Mapping[str, Sequence[Cell]]) -> str:
+    """From how many tokens on the cache counts, and where what is timed does; nothing where all is so, or nothing."""
+    answers = {sense: {c.answer for c in cells if c.answer != "undecided"} for sense, cells in senses.items()}
+    if len(set().union(*answers.values())) < 2:
+        return ""
+    cache, *timed = senses
+    words = []
+    if len(answers[cache]) > 1:
+        words.append(
+            f"the cache holds {SHARE:g} of the weights' bytes (as many as they) from so many tokens on, batch x length: "
+            f"{', '.join(_from_tokens(evidence))}"
+        )
+    else:
+        words.append(f"{cache}: {'wherever' if 'yes' in answers[cache] else 'nowhere'} it was counted")
+    for sense in timed:
+        if len(answers[sense]) > 1:
+            words.append(in_words(sense, senses[sense], _short))
+        elif answers[sense]:
+            words.append(f"{sense}: {'wherever' if 'yes' in answers[sense] else 'nowhere'} the repeats decide")
+    return "; ".join(words)
+
+
+def _from_tokens(evidence: Evidence) -> list[str]:
+    """By model and way, how many tokens hold SHARE of the weights' bytes, and as many.
+
+    Where layers have a window a token of a longer prompt adds less: there it is how many sequences of the length of most.
+    """
+    points: dict[tuple[str, str], list[Record]] = {}
+    for record, way in _held(evidence):
+        points.setdefault((record.setting("model"), way), []).append(record)
+    words = []
+    for (model, way), records in points.items():
+        last = max(records, key=_tokens)
+        each = [_share(r, way) / _tokens(r) for r in records]
+        if not min(each):
+            continue
+        name = f"{model} {_held_as(last, way)}"
+        if max(each) > 1.01 * min(each):
+            sequence = _share(last, way) / last.setting("batch")
+            words.append(
+                f"{name} {SHARE / sequence:.2g} ({1 / sequence:.3g}) sequences of {last.setting('length'):,} tokens"
+            )
+        else:
+            share = _share(last, way) / _tokens(last)
+            words.append(f"{name} {SHARE / share:,.0f} ({1 / share:,.0f})")
+    return words
+
+
 def _short(interval: Interval) -> str:
     return f"{interval.estimate:.2g}" + (f" [{interval.low:.2f}, {interval.high:.2f}]" if interval.n > 1 else "")
 
 
 def _further(evidence: Evidence) -> list[str]:
-    """What is told and not judged: where the cache outweighs the weights, what explains the peak, merging and 4 bits."""
+    """What is told and not judged: where the cache outweighs the weights, what explains the peaks, times, merging, 4 bits."""
     held = _held(evidence)
     longest = {
         (r.setting("model"), way): (r, way) for r, way in sorted(held, key=lambda pair: pair[0].setting("length"))
@@ -244,17 +292,15 @@ def _further(evidence: Evidence) -> list[str]:
         for r, way in longest.values()
         if _share(r, way) > 0
     ]
-    explained = [
-        (r.figure(f"{way}_weights_bytes") + r.figure("formula_bytes")) / r.figure(f"{way}_decode_peak_bytes")
-        for r, way in held
-    ]
     fewest: dict[tuple[str, str], float] = {}
     for r, way in held:  # by tokens
         fewest.setdefault((r.setting("model"), way), _share(r, way))
     words = [
         f"at its fewest tokens the cache is {min(fewest.values()):.1%} to {max(fewest.values()):.1%} of the weights",
         f"as many bytes as weights: {', '.join(even)}",
-        f"weights and formula explain {min(explained):.1%} to {max(explained):.1%} of the peak while decoding",
+        f"weights and formula explain {_explained(held, 'decode')} of the peak while decoding",
+        f"{_explained(held, 'prefill')} of that while the prompt is read, which is up to {_prompt_over_decode(held)}",
+        *_milliseconds(evidence),
     ]
     whole = {
         f"{r.figure('base_prefill_cache_bytes') / r.figure('base_cache_bytes'):.2g} times its cache on {r.setting('model')} "
@@ -276,6 +322,49 @@ def _further(evidence: Evidence) -> list[str]:
         r.figure(f"{QUANTISED}_weights_bytes") / r.figure("base_weights_bytes") for r, way in held if way == QUANTISED
     ]
     return [*words, f"4 bits hold {min(fewer):.0%} to {max(fewer):.0%} of the weights' bytes"] if fewer else words
+
+
+def _explained(held: Sequence[tuple[Record, str]], phase: str) -> str:
+    """The share of a phase's peak that weights and formula explain, and where it is least."""
+    shares = {
+        f"{r.setting('model')} {_held_as(r, way)} {r.setting('batch')} x {r.setting('length'):,}": (
+            (r.figure(f"{way}_weights_bytes") + r.figure("formula_bytes")) / r.figure(f"{way}_{phase}_peak_bytes")
+        )
+        for r, way in held
+    }
+    least = min(shares, key=lambda point: shares[point])
+    return f"{shares[least]:.1%} ({least}) to {max(shares.values()):.1%}"
+
+
+def _prompt_over_decode(held: Sequence[tuple[Record, str]]) -> str:
+    """The peak while the prompt is read over that while decoding, where it is most."""
+
+    def peaks(pair: tuple[Record, str]) -> tuple[float, float]:
+        record, way = pair
+        return record.figure(f"{way}_prefill_peak_bytes"), record.figure(f"{way}_decode_peak_bytes")
+
+    record, way = most = max(held, key=lambda pair: peaks(pair)[0] / peaks(pair)[1])
+    prefill, decode = peaks(most)
+    return (
+        f"{prefill / decode:.2g} times as much ({record.setting('model')} {_held_as(record, way)} {record.setting('batch')} x "
+        f"{record.setting('length'):,}: {prefill / GIB:.2g} GiB)"
+    )
+
+
+def _milliseconds(evidence: Evidence) -> list[str]:
+    """What a token of one sequence takes, read and written, of the bases that were timed."""
+    wanted = [(PLAIN, "base"), (QUANTISED, "base"), (QUANTISED, QUANTISED)]
+    read, written = (_timed_cells(evidence, f"{phase}_seconds", 0.0, wanted) for phase in ("prefill", "decode"))
+    if not read:
+        return []
+
+    def form(interval: Interval) -> str:
+        ends = (1000 * seconds for seconds in (interval.estimate, interval.low, interval.high))
+        estimate, low, high = (f"{ms:.2g}" if ms < 99.5 else f"{ms:,.0f}" for ms in ends)
+        return f"{estimate} [{low}, {high}]"
+
+    told = [f"{a.name} {form(a.interval)} and {form(b.interval)}" for a, b in zip(read, written, strict=True)]
+    return [f"ms for a token read and for one written: {', '.join(told)}"]
 
 
 # Controls -------------------------------------------------------------------------------------------------------
@@ -363,9 +452,10 @@ EXPERIMENT = Experiment(
                 ),
             },
             advice={
-                "supported": "Plan memory for weights and cache, and time by the tokens to be written; merge adapters first.",
-                "conditional": "For one short chat count the weights; for long or many ones add the cache by its formula. Merge "
-                "adapters you keep.",
+                "supported": "Plan memory for weights, cache and what reading the prompt takes, and time by the tokens to be "
+                "written; merge adapters first.",
+                "conditional": "For one short chat count the weights; for long or many ones add the cache by its formula, and room "
+                "to read the prompt. Merge adapters you keep.",
                 "refuted": "Plan inference by its weights, and by the number of tokens whichever way they go.",
                 "inconclusive": "Add the cache to the weights by its formula, and time some answers of your length before you "
                 "choose a card.",

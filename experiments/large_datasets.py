@@ -13,7 +13,7 @@ megabyte, so a size counts once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from pydantic import Field
@@ -95,10 +95,12 @@ def judge(evidence: Evidence) -> Finding:
     if _constant(objects) != "no":
         return Finding.of("inconclusive", effect, unit, f"Python objects do not show in the count of memory: {objects}")
     reasons = []
+    grows = dict(zip(answers, core.values(), strict=True))
     for length, records in by_length.items():
         for operation in OPERATIONS[1:]:
             found = growth(records, operation)
             answers[f"{operation}, rows of {length} B"] = answer = _constant(found)
+            grows[f"{operation}, rows of {length} B"] = found
             if answer != "yes":
                 decided = "grows by" if answer == "no" else "undecided, grows by"
                 reasons.append(f"{operation} of rows of {length} B {decided} {found.estimate:.2g} bytes a byte")
@@ -111,7 +113,32 @@ def judge(evidence: Evidence) -> Finding:
         f"a second map takes {fmean(r.figure('map_again_seconds') / r.figure('map_seconds') for r in every):.2g} of the first",
         *(_row_time(length, records) for length, records in by_length.items()),
     ]
-    return Finding.of(over_answers(answers.values()), effect, unit, "; ".join(reasons))
+    flips = _flips(answers, grows, by_length) if len(set(answers.values())) > 1 else ""
+    return Finding.of(over_answers(answers.values()), effect, unit, "; ".join(reasons), flips)
+
+
+def _flips(
+    answers: Mapping[str, Answer], grows: Mapping[str, Interval], by_length: Mapping[int, Sequence[Record]]
+) -> str:
+    """What grows by GROWTH or less and what by more, from which length of rows on a full shuffle is too, and what `map` misses."""
+    parts = []
+    for answer, words in (("yes", "at most"), ("no", "more than"), ("undecided", "undecided against")):
+        told = [
+            f"{name} {found.estimate:.2g} [{found.low:.2g}, {found.high:.2g}]"
+            for name, found in grows.items()
+            if answers[name] == answer
+        ]
+        parts += [f"{words} {GROWTH:g} bytes of private memory a byte of data: {', '.join(told)}"] if told else []
+    if "no" in {answers[f"shuffle, rows of {length} B"] for length in by_length}:
+        taken = {
+            length: growth(found, "shuffle").estimate * _bytes(found[0]) / found[0].figure("rows")
+            for length, found in by_length.items()
+        }
+        each = " and ".join(f"{size:.0f} bytes for a row of {length} B" for length, size in taken.items())
+        longest = max(taken.values()) / GROWTH
+        parts.append(f"a full shuffle takes {each}, which are {GROWTH:g} a byte where rows are of {longest:,.0f} B")
+    parts += [f"for no length of rows {fact}" for fact in MAP if answers[fact] == "no"]
+    return "; ".join(parts)
 
 
 MAP = {

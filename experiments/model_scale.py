@@ -15,7 +15,7 @@ by how often a token is in answers). What fits where at real scale is in the sim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
@@ -232,7 +232,25 @@ def judge(evidence: Evidence) -> Finding:
         raise MissingEvidence("the larger models have learnt nothing that could be kept")
     least = min(kept, key=lambda interval: interval.estimate)
     scaled = Interval(100 * least.estimate, 100 * least.low, 100 * least.high, least.n)
-    return Finding.of(verdict, scaled, "% of a quality kept, where least", "; ".join([*opening, *notes]))
+    flips = _flips(members, answers)
+    return Finding.of(verdict, scaled, "% of a quality kept, where least", "; ".join([*opening, *notes]), flips)
+
+
+def _flips(members: Sequence[tuple[str, Mapping[int, Record]]], answers: Sequence[tuple[Step, str, Answer]]) -> str:
+    """Which step down is fair in which quality; nothing where all are alike."""
+    if len({answer for _, _, answer in answers}) < 2:
+        return ""
+    sizes = {size: f"{_mean(records, 'parameters_total'):,.0f}" for size, records in members}
+    parts = []
+    for wanted, words in (("yes", "fair"), ("no", "not fair"), ("undecided", "undecided")):
+        by_step: dict[str, list[str]] = {}
+        for s, name, answer in answers:
+            if answer == wanted:
+                step_down = f"from {sizes[s.larger]} to {sizes[s.smaller]} parameters"
+                by_step.setdefault(step_down, []).append(name)
+        told = [f"{step_down} in {' and '.join(names)}" for step_down, names in by_step.items()]
+        parts += [f"{words} {', '.join(told)}"] if told else []
+    return "; ".join(parts)
 
 
 # Controls -------------------------------------------------------------------------------------------------------
@@ -333,7 +351,8 @@ EXPERIMENT = Experiment(
                 "a family of decoders of 0.1M to 1M parameters, pretrained in one go on the same tokens of invented text, "
                 "fewer than `tiny` has read; more tokens, which a smaller model could have had for the same time, are not "
                 "tried; a task whose tuning is best at the edge of its rates decides nothing; held: weights, gradients and "
-                "AdamW, fp32; logits, which do not shrink with the width, count in the peak"
+                "AdamW, fp32; logits, which do not shrink with the width, count in the peak; what fits where at real scale: "
+                "`lab fit` and model-size-limit"
             ),
             judge=judge,
             controls={

@@ -14,7 +14,7 @@ LoRA, where there is little state to save. The sim tier knows memory alone, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -286,6 +286,7 @@ def judge_choice(evidence: Evidence) -> Finding:
     told = {"yes": "does", "no": "does not", "undecided": "is undecided"}
     chosen = {r: [row.name for row in keeping if r in row.saves] for r in REGIMES}
     simulated = _simulated(evidence)
+    flips = _flips(evidence, answers, table) if len(set(answers.values())) > 1 else ""
     because = "; ".join(
         [
             *(["by bytes alone, the loss is not asked: what is named may learn less"] if simulated else []),
@@ -295,44 +296,107 @@ def judge_choice(evidence: Evidence) -> Finding:
         ]
     )
     by = "the smallest optimizer, the loss not asked" if simulated else "the best optimizer that keeps the loss"
-    return Finding.of(over_answers(answers.values()), best, f"of AdamW's peak, by {by}", because)
+    return Finding.of(over_answers(answers.values()), best, f"of AdamW's peak, by {by}", because, flips)
 
 
 def _list(names: Iterable[str]) -> str:
     return ", ".join(names)
 
 
+def _flips(evidence: Evidence, answers: dict[str, Answer], table: list[Row]) -> str:
+    """In which regimes it holds and what AdamW's state is of the peak there: more than that no optimizer saves."""
+    parts = []
+    for answer, words in (("yes", "holds in"), ("no", "does not in"), ("undecided", "is undecided in")):
+        told = []
+        for regime in [regime for regime in REGIMES if answers[regime] == answer]:
+            adamw = evidence.select(f"{regime}-{ADAMW}")
+            state = span([r.figure("optimizer_state_bytes") / r.figure("peak_bytes") for r in adamw])
+            most = max(row.saved[regime].estimate for row in table)
+            told.append(
+                f"{regime} (AdamW's state is {_range(state, '.0%')} of the peak, the most that any saves {most:.0%})"
+            )
+        parts += [f"{words} {_list(told)}"] if told else []
+    return "; ".join(parts)
+
+
 def _standings(evidence: Evidence) -> list[str]:
     """Which names do not run here as they say, by what they lack."""
+    unpaged = [n for n in _tried(evidence) if _runs(evidence, n) and _falls_back(evidence, n)]
+    standing = {**_lacking(evidence), **({"run here unpaged": unpaged} if unpaged else {})}
+    return [f"{words}: {_list(names)}" for words, names in sorted(standing.items())]
+
+
+def _lacking(evidence: Evidence) -> dict[str, list[str]]:
+    """The names that do not run here, by what they lack."""
     lacking: dict[str, list[str]] = {}
-    for r in [r for r in evidence.records if r.spec.arm.startswith("fp32-") and r.status == "ok" and not r.spec.tier]:
-        name = str(r.setting("optimizer"))
-        if not r.figure("runs"):
-            words = f"{r.tags.get('standing', 'broken')} {r.tags.get('package', '')}".strip()
-            lacking.setdefault(words, []).append(name)
-        elif r.figure("falls_back"):
-            lacking.setdefault("run here unpaged", []).append(name)
-    return [f"{words}: {_list(names)}" for words, names in sorted(lacking.items())]
+    for name in [name for name in _tried(evidence) if not _runs(evidence, name)]:
+        tags = evidence.select(f"fp32-{name}")[0].tags
+        words = f"{tags.get('standing', 'broken')} {tags.get('package', '')}".strip()
+        lacking.setdefault(words, []).append(name)
+    return lacking
+
+
+def _tried(evidence: Evidence) -> list[str]:
+    """The names that were tried, in the Trainer's order; in the sim tier none is."""
+    return [] if _simulated(evidence) else [name for name in NAMES if evidence.has(f"fp32-{name}")]
+
+
+def _falls_back(evidence: Evidence, name: str) -> bool:
+    return bool(evidence.select(f"fp32-{name}")[0].figure("falls_back"))
 
 
 def table(evidence: Evidence) -> list[str]:
-    """A row of Markdown for every name that runs here: bytes of state, peaks by regime, progress lost, time; "-": not tried."""
+    """A row of Markdown for every name that runs here: bytes of state, peaks by regime, progress lost, time.
+
+    "-": not tried; "= name" and "=": not tried, being the same as another name that was. Below them a row for each reason
+    why names do not run.
+    """
     compared = {row.name: row for row in rows(evidence)}
     lines = []
-    for name in [n for n in NAMES if evidence.has(f"fp32-{n}") and _runs(evidence, n)]:
+    for name in [n for n in _tried(evidence) if _runs(evidence, n)]:
         record, row = evidence.select(f"fp32-{name}")[0], compared.get(name)
-        peaks = " / ".join(_peak_change(evidence, regime, name) for regime in REGIMES)
+        same = _same_as(evidence, name, compared)
+        other = f"= {same}" if same else "-"
+        peaks = " / ".join(
+            _peak_change(evidence, regime, name) or ("=" if evidence.has(f"{regime}-{same}") else "-")
+            for regime in REGIMES
+        )
         lost = row.lost if row else None
-        told = f"{100 * lost.estimate:.1f} [{100 * lost.low:.1f}, {100 * lost.high:.1f}]" if lost else "-"
-        time = f"{row.time:.2f}" if row and row.time else "-"
-        unpaged = " (unpaged)" * bool(record.figure("falls_back"))
+        told = f"{100 * lost.estimate:.1f} [{100 * lost.low:.1f}, {100 * lost.high:.1f}]" if lost else other
+        time = f"{row.time:.2f}" if row and row.time else other
+        unpaged = " (unpaged)" * _falls_back(evidence, name)
         lines.append(f"| {name}{unpaged} | {_state(record):.2f} | {peaks} | {told} | {time} |")
-    return lines
+    missing = sorted(_lacking(evidence).items())
+    return [*lines, *(f"| {words}: {_list(names)} | - | - | - | - |" for words, names in missing)]
+
+
+def _same_as(evidence: Evidence, name: str, compared: Container[str]) -> str:
+    """Another name that is this optimizer, as an alias or because this one falls back to it; "" if there is none.
+
+    The same: of one class, which holds the same bytes and moves the parameters as far. Named is one that was trained, if there
+    is one, or the first.
+    """
+    if name in compared:
+        return ""
+    own = _identity(evidence, name)
+    names = [n for n in _tried(evidence) if _runs(evidence, n) and not _falls_back(evidence, n)]
+    others = [n for n in names if own and n != name and _identity(evidence, n) == own]
+    trained = [n for n in others if n in compared]
+    before = [n for n in others if _falls_back(evidence, name) or NAMES.index(n) < NAMES.index(name)]
+    return next(iter([*trained, *before]), "")
+
+
+def _identity(evidence: Evidence, name: str) -> tuple[Any, ...]:
+    """What two names of one optimizer have in common; () where the record does not name its class."""
+    record = evidence.select(f"fp32-{name}")[0]
+    figures = ("optimizer_state_bytes", "peak_bytes", "largest_move")
+    kind = record.tags.get("class")
+    return (kind, *(record.figures.get(figure) for figure in figures)) if kind else ()
 
 
 def _peak_change(evidence: Evidence, regime: str, name: str) -> str:
     if not evidence.has(f"{regime}-{name}"):
-        return "-"
+        return ""
     own, adamw = (evidence.select(f"{regime}-{n}")[0].figure("peak_bytes") for n in (name, ADAMW))
     return f"{100 * (own / adamw - 1):+.0f}"
 

@@ -14,7 +14,7 @@ counted: others have paid.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from statistics import fmean
@@ -44,6 +44,15 @@ WAY = 0.95
 # Where the pretrained start is at the loss before its first update there is no ratio. What can be told apart is then a point
 # of the curve: it pays if the random start needs more than PAYS of them.
 PAYS = 2.0
+
+
+KIN = {
+    "leg_counting": "read in pretraining",
+    "aiw_siblings": "alike in form alone",
+    "keepers_log": "unlike what was read",
+    "smol-family": "of a model that has read the web",
+}
+"""What a task has in common with what its model was pretrained on."""
 
 
 class TaskParams(Section):
@@ -136,12 +145,16 @@ class Race:
             return self.at_once
         least = "at least " if self.unreached else ""
         return (
-            f"{least}{self.updates.estimate:.2g} [{self.updates.low:.2g}, {self.updates.high:.2g}] times the updates and "
-            f"{least}{self.tokens:.2g} times the tokens to {self.target:.2g} nats, which pretrained takes "
+            f"{self.ratio()} and {least}{self.tokens:.2g} times the tokens to {self.target:.2g} nats, which pretrained takes "
             f"{self.pretrained_updates:.0f} updates to"
             + f" ({self.unreached} of {self.updates.n} never arrived)"
             * bool(self.unreached)
         )
+
+    def ratio(self) -> str:
+        """In words: at least 2.1 [1.8, 2.4] times the updates."""
+        least = "at least " if self.unreached else ""
+        return f"{least}{self.updates.estimate:.2g} [{self.updates.low:.2g}, {self.updates.high:.2g}] times the updates"
 
 
 def arrival(record: Record, target: float, along: str = "curve_update") -> float | None:
@@ -242,10 +255,27 @@ def judge(evidence: Evidence) -> Finding:
     pays = [task for task, found in races.items() if found.answer == "yes"]
     opening = [f"it pays on {', '.join(pays)}"] if pays and verdict == "conditional" else []
     because, unit = "; ".join([*opening, *notes]), "times the updates from random weights, where least"
+    flips = _flips(races)
     ratios = [found.updates for found in races.values() if not found.at_once]
     if not ratios:
-        return Finding(verdict, None, None, None, unit, 0, because)
-    return Finding.of(verdict, min(ratios, key=lambda ratio: ratio.estimate), unit, because)
+        return Finding(verdict, None, None, None, unit, 0, because, flips=flips)
+    return Finding.of(verdict, min(ratios, key=lambda ratio: ratio.estimate), unit, because, flips)
+
+
+def _flips(races: Mapping[str, Race]) -> str:
+    """On which tasks it pays, and what they have in common with what was read; nothing where all are alike."""
+    if len({found.answer for found in races.values()}) < 2:
+        return ""
+    parts = []
+    for answer, words in (("yes", "it pays on"), ("no", "it does not on"), ("undecided", "it is undecided on")):
+        told = [
+            f"{task}{f' ({KIN[task]})' if task in KIN else ''}: "
+            f"{'pretrained is there at once' if found.at_once else f'random takes {found.ratio()}'}"
+            for task, found in races.items()
+            if found.answer == answer
+        ]
+        parts += [f"{words} {', on '.join(told)}"] if told else []
+    return "; ".join(parts)
 
 
 def _mean(records: Sequence[Record], figure: str) -> float:
@@ -321,10 +351,11 @@ EXPERIMENT = Experiment(
                 f"where the pretrained start needs no update, more than {PAYS:g} points of its curve"
             ),
             scope=(
-                "tiny, which was pretrained for minutes on invented text, and tasks read in pretraining, alike in form, and "
-                "unlike (the task read in pretraining was added after the other had come out against the claim, on one seed); "
-                "thousands of examples, so that random weights have enough to learn from; full training, constant "
-                "rates; the updates of pretraining are not counted; in full also a model that has read the web (smol)"
+                "tiny, which was pretrained for minutes on invented text, and tasks read in pretraining and alike in form (the one "
+                "read in pretraining was added after the other had come out against the claim, on one seed); thousands of "
+                "examples, so that random weights have enough to learn from; full training, constant rates; the updates of "
+                "pretraining are not counted; in the profile full also a task that is unlike, and a model that has read the web "
+                "(smol)"
             ),
             judge=judge,
             controls={

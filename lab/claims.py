@@ -114,11 +114,13 @@ class Finding:
     n: int
     because: str
     records: tuple[str, ...] = ()
+    flips: str = ""
+    """The condition under which the rule changes its truth, with units, where the judge has found one."""
 
     @classmethod
-    def of(cls, verdict: VerdictName, interval: Interval, unit: str, because: str) -> Finding:
+    def of(cls, verdict: VerdictName, interval: Interval, unit: str, because: str, flips: str = "") -> Finding:
         """A finding whose number is an interval."""
-        return cls(verdict, interval.estimate, interval.low, interval.high, unit, interval.n, because)
+        return cls(verdict, interval.estimate, interval.low, interval.high, unit, interval.n, because, flips=flips)
 
 
 def over_regimes(holds: Iterable[bool]) -> VerdictName:
@@ -237,6 +239,8 @@ class Verdict:
     control: str
     unsuccessful: int
     records: tuple[str, ...] = ()
+    flips: str = ""
+    """The condition that the judge has found; "" where it names none. `lab explain` prints it."""
 
 
 @dataclass(frozen=True)
@@ -341,13 +345,13 @@ def judge(
         control=control,
         unsuccessful=len(evidence.unsuccessful),
         records=finding.records or tuple(f"{r.spec.experiment}/{r.spec.name}" for r in records),
+        flips=finding.flips,
     )
 
 
 def _advice(claim: Claim, verdict: VerdictName) -> str:
-    """The line for a verdict; one that a judge was not written to give leaves a person where nothing is decided."""
-    if verdict == "not run":
-        return "Nothing has been measured."
+    """The line for a verdict; one that a judge was not written to give leaves a person where nothing is decided, and so
+    does one that was not run."""
     return claim.advice.get(verdict, claim.advice["inconclusive"])
 
 

@@ -52,13 +52,19 @@ def _verdict(study: Study, verdict: Verdict) -> Iterator[str]:
 
 
 def flips(study: Study, verdict: Verdict) -> str:
-    """Where the rule changes its truth: within the evidence of one tier, between two tiers, or nowhere that was measured."""
+    """Where the rule changes its truth: within the evidence of one tier, between two tiers, or nowhere that was measured.
+
+    The condition is the judge's where it has found one. A judge that decides nothing may know a part of it.
+    """
     others = [v for v in study.verdicts if v.claim == verdict.claim and v.tier != verdict.tier and v.effect is not None]
     answers = [f"in the {v.tier} tier it is {v.verdict}" for v in others if v.verdict != verdict.verdict]
-    if verdict.verdict == "conditional":
-        answers.insert(0, "within what was measured: true in one regime and false in another, both named above")
     if verdict.verdict in ("inconclusive", "not run"):
-        return "; ".join(["not known: the evidence does not decide", *answers])
+        known = f"; as far as it goes: {verdict.flips}" if verdict.flips else ""
+        return "; ".join([f"not known: the evidence does not decide{known}", *answers])
+    if verdict.flips:
+        answers.insert(0, verdict.flips)
+    elif verdict.verdict == "conditional":
+        answers.insert(0, "within what was measured: true in one regime and false in another, both named above")
     return "; ".join(answers) or "nowhere in the regimes that were measured; outside them it was not tried"
 
 

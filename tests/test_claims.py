@@ -235,12 +235,26 @@ def test_without_records_a_claim_was_not_run() -> None:
     verdict = judged([], planned=6)
     assert (verdict.verdict, verdict.n, verdict.effect, verdict.records) == ("not run", 0, None, ())
     assert verdict.because == "nothing has been measured under the profile cpu"
-    assert verdict.advice == "Nothing has been measured."
+    assert verdict.advice == "Measure it yourself."  # what to do while nothing is decided
 
 
 def test_a_tier_that_the_claim_does_not_name_is_not_judged() -> None:
     verdict = judge(MINE, CLAIM, "gpu", "gpu", [*GOOD, *FAULTS], 6)
     assert (verdict.verdict, verdict.because) == ("not run", "this claim has no gpu tier")
+
+
+def test_the_condition_that_a_judge_names_is_the_verdict_s_unless_the_check_is_not_to_be_trusted() -> None:
+    def naming(evidence: Evidence) -> Finding:
+        return replace(high_scores(evidence), flips="above 0.5 points")
+
+    claim = replace(CLAIM, judge=naming)
+    assert judged([*GOOD, *FAULTS]).flips == ""
+    assert judged([*GOOD, *FAULTS], claim).flips == "above 0.5 points"
+    assert judged(GOOD, claim).flips == ""
+    assert judged([], claim).flips == ""
+    interval = Interval(1.0, 0.5, 1.5, 3)
+    assert Finding.of("supported", interval, "points", "why", "above 0.5 points").flips == "above 0.5 points"
+    assert Finding.of("supported", interval, "points", "why") == Finding("supported", 1.0, 0.5, 1.5, "points", 3, "why")
 
 
 def test_evidence_without_the_arm_is_inconclusive_and_says_what_is_missing() -> None:

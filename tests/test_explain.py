@@ -76,6 +76,26 @@ def test_a_rule_flips_within_a_tier_between_tiers_or_nowhere_that_was_measured(s
     assert told(cpu="inconclusive", sim="supported") == f"{undecided}; in the sim tier it is supported"
 
 
+def test_the_condition_that_a_judge_found_stands_in_the_place_of_the_fixed_words(study: Study) -> None:
+    first = next(v for v in study.verdicts if v.claim == "weights-bytes")
+    other = Study(study.params, study.registry, study.workspace)
+
+    def told(verdict: VerdictName, elsewhere: VerdictName, condition: str = "from 1,024 tokens on") -> str:
+        made = [
+            replace(first, tier="cpu", verdict=verdict, flips=condition),
+            replace(first, tier="sim", verdict=elsewhere),
+        ]
+        other.__dict__["verdicts"] = made
+        return flips(other, made[0])
+
+    assert told("conditional", "conditional") == "from 1,024 tokens on"
+    assert told("supported", "refuted") == "from 1,024 tokens on; in the sim tier it is refuted"
+    undecided = "not known: the evidence does not decide"
+    assert told("inconclusive", "inconclusive") == f"{undecided}; as far as it goes: from 1,024 tokens on"
+    assert told("inconclusive", "inconclusive", "") == undecided
+    assert fields(page(other, "weights-bytes"))["Where it flips"] == undecided
+
+
 def test_trials_without_a_result_are_told(study: Study) -> None:
     first = next(v for v in study.verdicts if v.claim == "weights-bytes")
     other = Study(study.params, study.registry, study.workspace)

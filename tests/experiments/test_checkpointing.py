@@ -112,6 +112,25 @@ def test_it_depends_where_a_card_holds_no_sequence_or_the_logits_stay() -> None:
     assert "less than that: llama-6m lora at 64 tokens (logits take 75% of what a batch adds): 8 GB" in found.because
 
 
+def test_it_tells_of_which_setup_the_largest_batch_doubles_on_which_card() -> None:
+    found = verdict(good(full=(200, 8, 2), lora=(5, 8, 5)))
+    assert found.flips == (
+        "llama-6m full at 64 tokens: the largest batch at least doubles on 16, 24, 80 GB, no sequence fits on 8 GB; llama-6m lora "
+        "at 64 tokens (logits are 75% of what a sequence adds): it grows by less on 8, 16, 24, 80 GB"
+    )
+    alike = [*good(full=(200, 8, 2)), *peaks("lora", 200, 8, 2, "llama-3.2-1b")]
+    assert verdict(alike).flips.startswith(
+        "llama-3.2-1b lora at 64 tokens, llama-6m full at 64 tokens: the largest batch at least doubles on 16, 24, 80 GB, no "
+    )
+    assert verdict(good()).flips == ""
+    assert verdict(good(full=(10, 8, 5), lora=(5, 8, 5))).flips == ""
+    # What bytes say stands where the price decides nothing.
+    one = [r for r in good(full=(200, 8, 2)) if r.spec.arm != "time" or not r.setting("seed")]
+    undecided = verdict(one)
+    assert undecided.verdict == "inconclusive"
+    assert "no sequence fits on 8 GB" in undecided.flips
+
+
 def test_a_card_that_takes_a_sequence_only_with_checkpointing_gains_and_counts_in_no_ratio() -> None:
     found = verdict(good(full=(100, 40, 10)))
     assert found.verdict == "supported"

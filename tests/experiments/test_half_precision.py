@@ -22,6 +22,7 @@ from lab.claims import Evidence, Verdict, judge
 from lab.params import Profile
 from lab.records import Record
 from lab.specs import HalfPrecision, LossScaling, TrialSpec, memory_spec
+from lab.statistics import Interval
 from tests.test_records import make_record
 
 CLAIM = EXPERIMENT.claims[0]
@@ -73,7 +74,9 @@ def memory(way: str, saved: float, points: tuple[tuple[int, int], ...] = POINTS,
         setup = {"model": "tiny", "batch": batch, "length": length, "precision": way}
         spec = memory_spec("half_precision", f"memory-{way}", f"tiny-{batch}x{length}", "cpu", sim, **setup)
         held = 1000.0 * batch * length * (1 - saved)
-        found.append(make_record(spec, figures={"peak_bytes": 2 * held, "steady_bytes": held}))
+        found.append(
+            make_record(spec, figures={"peak_bytes": 2 * held, "steady_bytes": held, "activations_bytes": held})
+        )
     return found
 
 
@@ -132,8 +135,12 @@ def test_plain_fp16_that_breaks_makes_it_conditional_and_lost_updates_refute() -
     assert found.verdict == "conditional"
     assert "every update lost: refuted" in found.control
     assert (
-        "fp16: 50% to 50% of the peak saved, between updates 50%, of the progress lost all at 1e-05 (it breaks)"
-        in found.because
+        "fp16: of the peak saved 50% at tiny 1 x 32, 50% at tiny 8 x 128, between updates 50%, of the progress lost all at 1e-05 "
+        "(it breaks), all at 0.001 (it breaks); bf16: "
+    ) in found.because
+    assert found.flips == (
+        "10% of the peak is saved by fp16, bf16, bf16-master, autocast, bf16-stochastic, fp16-scaled at every point; fp16 trains "
+        "as fp32 does: no at 1e-05 (it breaks), 0.001 (it breaks)"
     )
 
 
@@ -159,13 +166,40 @@ def test_one_rate_at_which_weights_stand_still_is_enough_for_conditional() -> No
     found = verdict([*others, *mixed])
     assert found.verdict == "conditional"
     # On a line over log10 from 0.9 at -5 to 0 at -3, 0.05 is at -3.11.
-    assert "of the progress lost 90% at 1e-05, 0% at 0.001, 5% at about 0.0008" in found.because
+    crossing = "about 0.0008 [0.0008, 0.0008]"
+    assert (
+        f"of the progress lost 90.0 [89.6, 90.4] % at 1e-05, 0.0 [0.0, 0.0] % at 0.001, 5% at {crossing}"
+        in found.because
+    )
+    assert found.flips.endswith(
+        f"bf16 trains as fp32 does: yes at 0.001, no at 1e-05 (below {crossing} it loses more than 5% of the progress)"
+    )
 
 
 def test_a_saving_at_one_point_alone_makes_it_conditional() -> None:
     others = [r for r in everything() if r.spec.arm != "memory-autocast"]
     mixed = [*memory("autocast", 0.0, POINTS[:1]), *memory("autocast", 0.4, POINTS[1:])]
-    assert verdict([*others, *mixed]).verdict == "conditional"
+    found = verdict([*others, *mixed])
+    assert found.verdict == "conditional"
+    assert "autocast: of the peak saved 0% at tiny 1 x 32, 40% at tiny 8 x 128" in found.because
+    assert found.flips == (
+        "10% of the peak is saved by fp16, bf16, bf16-master, bf16-stochastic at every point, by autocast, fp16-scaled at "
+        "tiny 8 x 128 and not at tiny 1 x 32"
+    )
+
+
+def test_where_every_way_holds_at_every_point_and_rate_nothing_flips() -> None:
+    assert verdict(everything()).flips == ""
+    assert verdict(everything(saved=0.0)).flips == ""
+
+
+def test_a_rate_from_which_on_enough_is_kept_has_the_rates_of_its_interval_beside_it() -> None:
+    wide: dict[float, Interval | None] = {1e-5: Interval(0.9, 0.8, 1.0, 5), 1e-3: Interval(0.0, -0.1, 0.1, 5)}
+    # Over log10: 0.9 to 0 meets 0.05 at -3.11, 0.8 to -0.1 at -3.33; 1.0 to 0.1 never does.
+    assert half_precision._within_from(wide) == "0.0008 [0.0005, not reached]"
+    assert half_precision._within_from({1e-5: Interval(0.01, 0.0, 0.1, 5), 1e-3: None}) == ""  # from the first on
+    assert half_precision._within_from({1e-5: Interval(0.5, 0.4, 0.6, 5)}) == ""
+    assert half_precision._within_from({1e-5: None}) == ""
 
 
 def test_what_the_seeds_do_not_decide_is_inconclusive() -> None:
@@ -190,8 +224,43 @@ def test_the_sim_tier_is_judged_by_memory_alone() -> None:
     assert simulated.verdict == "conditional"
     assert simulated.n == len(MEASURED) * len(POINTS)
     assert "progress" not in simulated.because
+    assert "fused" not in simulated.because
+    assert simulated.flips == (
+        "10% of the peak is saved by fp16, bf16 at every point, by bf16-master, autocast at no point"
+    )
     assert "every update lost: not run" in simulated.control
     assert "fp32 as every way: refuted" in simulated.control
+
+
+def test_more_than_half_saved_is_told_to_come_from_attention_in_the_sim_tier_alone() -> None:
+    def saving(sim: bool) -> list[Record]:
+        found = memory("fp32", 0.0, sim=sim)
+        for way in MEASURED:
+            found += [*memory(way, 0.5, POINTS[:1], sim=sim), *memory(way, 0.75, POINTS[1:], sim=sim)]
+        return found
+
+    # Twice the activations of bf16 are a half of fp32's: the other half of 1,024,000 bytes is too little for a GiB.
+    said = (
+        "two bytes for four save 50%: what is above that at tiny 8 x 128 (0 GiB of fp32's 0) comes from attention, where fp32 "
+        "falls back to a kernel that is not fused and keeps the scores; autocast and fp32 copies save by the same"
+    )
+    assert verdict(saving(sim=True), "sim").because.endswith(said)
+    huge = [
+        r.model_copy(update={"figures": {name: 2**20 * (value or 0) for name, value in r.figures.items()}})
+        for r in saving(sim=True)
+    ]
+    assert "tiny 8 x 128 (500 GiB of fp32's 2,000) comes from attention" in verdict(huge, "sim").because
+    measured = [r for r in everything() if not r.spec.arm.startswith("memory-")]
+    assert "fused" not in verdict([*measured, *saving(sim=False)]).because
+
+
+@pytest.mark.parametrize(
+    ("lost", "seen"),
+    [(0.0, "was not seen"), (MARGIN + 0.02, "is seen"), (MARGIN, "is undecided"), (None, "is seen")],
+)
+def test_what_lost_gradients_do_to_the_loss_is_told(lost: float | None, seen: str) -> None:
+    because = verdict(everything(lost={"fp16-unscaled": lost})).because
+    assert f"an effect of that on the loss {seen}: fp16-unscaled, tried at the highest rate alone, loses " in because
 
 
 def test_pairs_on_other_data_are_refused() -> None:
@@ -215,7 +284,16 @@ def test_the_window_of_loss_scales_ends_where_any_seed_overflows_or_loses() -> N
     assert half_precision.scales_that_work([first, second]) == [12]
     none = record(first.spec, scaled(EXPONENTS, range(30, 31)))
     assert half_precision.scales_that_work([first, none]) == []
-    assert "10% to 10% lost without a loss scale (bf16 0%), right from 2^8 to 2^16" in verdict(everything()).because
+    because = verdict(everything()).because
+    assert (
+        "tiny: 10% to 10% become zero without a loss scale (bf16 0%), 0.00% at most with one of 2^8, right to 2^16"
+        in because
+    )
+    others = [r for r in everything() if not r.spec.arm.startswith("scale-")]
+    assert (
+        "become zero without a loss scale (bf16 0%), no scale that was tried keeps them"
+        in verdict([*others, none]).because
+    )
 
 
 def test_every_plot_has_its_lines() -> None:

@@ -208,10 +208,63 @@ def test_it_tells_where_the_cache_outweighs_the_weights_what_merging_and_what_4_
     assert "as many bytes as weights: llama-6m bf16 of 9.3e-07 GiB from batch 10 at 98 tokens" in because
     assert "from batch 2.5 at 98 tokens" in because
     assert "at its fewest tokens the cache is 1.0% to 4.0% of the weights" in because
-    assert "weights and formula explain 90.0% to 90.0% of the peak while decoding" in because
+    assert "weights and formula explain 90.0% (llama-6m " in because
+    assert ") to 90.0% of the peak while decoding; " in because
     assert "time, merged: llama-6m lora merged batch 1 1 [" in because
     assert "time, 4 bits over 16: llama-6m nf4 batch 1 1.3 [" in because
     assert "4 bits hold 25% to 25% of the weights' bytes" in because
+
+
+def test_it_tells_what_reading_the_prompt_takes_where_the_formula_explains_least_of_it() -> None:
+    because = verdict(records()).because
+    # 1,010 bytes of 2,000 and 1,800 of 2,000; in 4 bits 260 and 1,050 of 500: the made-up peaks know no cache.
+    assert (
+        "; 50.5% (llama-6m bf16 1 x 8) to 210.0% of that while the prompt is read, which is up to 1.8 times" in because
+    )
+    assert "1.8 times as much (llama-6m bf16 1 x 8: 1.9e-06 GiB)" in because
+    simulated = verdict(records("sim"), "sim").because
+    assert "of that while the prompt is read" in simulated
+    assert "ms for a token" not in simulated
+
+
+def test_it_tells_what_a_token_takes_that_is_read_and_one_that_is_written() -> None:
+    found = records(changed={"plain__base_decode_seconds": 0.25})
+    for place, r in enumerate(found):
+        if r.spec.arm == "plain":
+            figures = {**r.figures, "base_prefill_seconds": 0.1 * SPREAD[r.setting("seed")]}
+            found[place] = r.model_copy(update={"figures": figures})
+    because = verdict(found).because
+    assert (
+        "ms for a token read and for one written: llama-6m fp32 batch 1 100 [95, 105] and 250 [250, 250], " in because
+    )
+    assert "llama-6m nf4 batch 1 100 [100, 100] and 100 [100, 100]" in because
+
+
+def test_it_tells_from_how_many_tokens_on_the_cache_counts() -> None:
+    # A byte a token: a tenth of 1,000 bytes of weights are 100 tokens, of 250 bytes 25.
+    found = verdict(records())
+    assert found.flips == (
+        "the cache holds 0.1 of the weights' bytes (as many as they) from so many tokens on, batch x length: llama-6m bf16 100 "
+        "(1,000), llama-6m nf4 25 (250); a token decoded at least 2 times one read: wherever the repeats decide; an adapter "
+        "beside the base at least 1.05 times its time: wherever the repeats decide"
+    )
+    assert verdict(records(few=False)).flips == ""
+    assert verdict(records("sim"), "sim").flips.endswith("llama-3.1-8b bf16 100 (1,000), llama-3.1-8b nf4 25 (250)")
+    cheap = verdict(records(few=False, changed={"adapter__unmerged_over_base": 1.0})).flips
+    assert cheap.startswith(
+        "cache at least 0.1 of the weights: wherever it was counted; a token decoded at least 2 times"
+    )
+    assert "an adapter beside the base at least 1.05 times its time (yes: llama-6m lora batch 1 1.3 [" in cheap
+    assert "; no: llama-6m adapter batch 1 1 [" in cheap
+
+
+def test_where_layers_have_a_window_it_tells_sequences_of_a_length_in_the_place_of_tokens() -> None:
+    found = []
+    for r in records("sim"):
+        size = 400.0 if r.setting("batch") > 1 else r.figure("formula_bytes")  # 50 bytes a sequence of 99 tokens
+        caches = {f"{way}_cache_bytes": size for way in ("base", "quantised")}
+        found.append(r.model_copy(update={"figures": {**r.figures, **caches, "formula_bytes": size}}))
+    assert "llama-3.1-8b bf16 2 (20) sequences of 99 tokens, llama-3.1-8b nf4 0.5 (5)" in verdict(found, "sim").flips
 
 
 def test_it_tells_where_a_prompt_is_held_beyond_its_window() -> None:

@@ -96,6 +96,36 @@ def test_the_boundary_is_one_byte_in_a_hundred(grows: float, expected: str) -> N
     assert ("shuffle of rows of 4096 B grows by 0.011 bytes a byte" in found.because) == (expected == "conditional")
 
 
+def test_it_tells_what_reading_in_order_takes_and_what_a_shuffle_does_by_the_length_of_rows() -> None:
+    found = verdict(*growing("shuffle", 0.2, length=256), *growing("shuffle", 0.0125), *HELD)
+    assert found.verdict == "conditional"
+    little, much, shuffled = found.flips.split("; ")
+    assert little.startswith("at most 0.01 bytes of private memory a byte of data: iterate, rows of 256 B ")
+    assert "shuffle" not in little
+    assert much == (
+        "more than 0.01 bytes of private memory a byte of data: shuffle, rows of 256 B 0.2 [0.2, 0.2], shuffle, rows of 4096 B "
+        "0.013 [0.013, 0.013]"
+    )
+    # A byte of text is 1.01 of data: 0.2 x 259 and 0.0125 x 4,137 bytes.
+    assert shuffled == (
+        "a full shuffle takes 52 bytes for a row of 256 B and 52 bytes for a row of 4096 B, which are 0.01 a byte where rows are "
+        "of 5,171 B"
+    )
+    assert verdict(*records(), *SHORT, *HELD).flips == ""
+    both = [*growing("iterate", 0.5), *growing("iterate", 0.5, length=256)]
+    assert verdict(*both, *HELD).flips == ""
+
+
+def test_what_map_misses_is_told_where_it_flips() -> None:
+    changes: dict[str, Any] = {"edited_stale": 2000.0}
+    found = verdict(*records(**changes), *records(length=256, **changes), *HELD)
+    assert found.flips.endswith(
+        "; for no length of rows a function is called again when the file that it is imported from has changed"
+    )
+    near = verdict(*growing("stream", 0.01, jitter=1e7), *SHORT, *HELD)
+    assert "undecided against 0.01 bytes of private memory a byte of data: stream, rows of 4096 B 0.0" in near.flips
+
+
 def test_what_jitters_across_the_boundary_is_undecided() -> None:
     found = verdict(*growing("stream", 0.01, jitter=1e7), *SHORT, *HELD)
     assert found.verdict == "inconclusive"

@@ -8,6 +8,7 @@ import pytest
 
 from experiments import model_scale
 from experiments.model_scale import BYTES, EXPERIMENT, KEEP, family, step
+from experiments.model_size import EXPERIMENT as MODEL_SIZE
 from lab.claims import Evidence, MissingEvidence, judge
 from lab.errors import LabError
 from lab.params import load_params
@@ -112,6 +113,26 @@ def test_it_is_conditional_where_one_quality_is_kept_and_another_lost() -> None:
     found = verdict(records((0.97, 0.3, 0.96), (0.95, 0.1, 0.94)))
     assert found.verdict == "conditional"
     assert "in facts" not in found.because.split(";")[0]
+
+
+def test_it_tells_which_step_is_fair_in_which_quality_by_the_sizes() -> None:
+    assert verdict(records(GOOD, LITTLE)).flips == (
+        "fair from 900 to 300 parameters in text and facts and task; not fair from 300 to 100 parameters in text and facts and "
+        "task"
+    )
+    assert verdict(records(GOOD, tuple(0.95 * share for share in GOOD))).flips == ""  # type: ignore[arg-type]
+    assert verdict(records((0.7, 0.6, 0.8), (0.3, 0.2, 0.4))).flips == ""
+    assert verdict(records(GOOD, GOOD, seeds=1)).flips == ""
+    # A task that decides nothing is told, and what is decided beside it.
+    assert verdict(tuned("small", 0.03)).flips == (
+        "fair from 900 to 300 parameters in text and facts and task, from 300 to 100 parameters in text and facts; undecided "
+        "from 300 to 100 parameters in task"
+    )
+
+
+def test_its_scope_says_where_what_fits_at_real_scale_is_to_be_found() -> None:
+    assert "what fits where at real scale: `lab fit` and model-size-limit" in CLAIM.scope
+    assert "model-size-limit" in {claim.id for claim in MODEL_SIZE.claims}
 
 
 def test_what_the_seeds_do_not_decide_is_inconclusive() -> None:

@@ -222,12 +222,74 @@ def test_what_does_not_run_is_told_by_what_it_lacks_and_compared_with_nothing() 
 def test_the_table_has_every_name_that_runs_and_a_dash_for_what_was_not_tried() -> None:
     paged = tried("paged_adamw_8bit", {"fp32": (200.0, 600.0)})
     paged[0].figures["falls_back"] = 1.0
-    found = optimizers.table(Evidence([*records(), lacking("lomo", standing="broken", package=""), *paged]))
+    found = optimizers.table(Evidence([*records(), *paged]))
     assert [line.split(" | ")[0] for line in found] == [f"| {ADAMW}", f"| {FEW}", "| paged_adamw_8bit (unpaged)"]
     assert found[0] == f"| {ADAMW} | 8.00 | +0 / +0 / +0 | - | - |"
     assert found[1].startswith(f"| {FEW} | 2.00 | -40 / -15 / -1 | 1.0 [")
     assert found[1].endswith(" | 1.50 |")
     assert found[2] == "| paged_adamw_8bit (unpaged) | 2.00 | -40 / - / - | - | - |"
+
+
+def test_the_table_ends_with_what_does_not_run_by_what_it_lacks() -> None:
+    galore = [
+        lacking(f"galore_{n}", standing="needs a package", package="galore_torch") for n in ("adafactor", "adamw")
+    ]
+    odd = [
+        lacking("lomo", standing="broken", package=""),
+        *galore,
+        lacking("paged_ademamix_8bit", standing="needs a GPU", package=""),
+    ]
+    found = optimizers.table(Evidence([*records(), *odd]))
+    assert found[2:] == [
+        "| broken: lomo | - | - | - | - |",
+        "| needs a GPU: paged_ademamix_8bit | - | - | - | - |",
+        "| needs a package galore_torch: galore_adamw, galore_adafactor | - | - | - | - |",
+    ]
+
+
+def named(record: Record, kind: str, moved: float = 0.1, falls_back: float = 0.0) -> Record:
+    """A name that was tried, with the class that the Trainer made of it and how far its updates went."""
+    figures = {**record.figures, "largest_move": moved, "falls_back": falls_back}
+    return record.model_copy(update={"figures": figures, "tags": {"class": kind}})
+
+
+def test_the_table_names_what_an_alias_and_an_unpaged_fall_back_are_the_same_as() -> None:
+    held, other = (200.0, 600.0), (250.0, 600.0)
+    arms = {
+        "adamw_bnb_8bit": ("bnb.AdamW", held, 0.1, 0.0),
+        "adamw_8bit": ("bnb.AdamW", held, 0.1, 0.0),
+        "paged_adamw_8bit": ("bnb.AdamW", held, 0.1, 1.0),
+        "paged_adamw_32bit": ("bnb.AdamW", other, 0.1, 1.0),
+        "lion_8bit": ("bnb.Lion", held, 0.1, 0.0),
+        "ademamix": ("bnb.AdamW", held, 0.2, 0.0),
+        "rmsprop_bnb": ("bnb.RMSprop", held, 0.1, 0.0),
+        "rmsprop_bnb_32bit": ("bnb.RMSprop", held, 0.1, 0.0),
+    }
+    tries = [
+        named(tried(name, {"fp32": size})[0], kind, moved, back) for name, (kind, size, moved, back) in arms.items()
+    ]
+    first = [r for r in records() if r.spec.arm != f"fp32-{FEW}"]
+    found = {line.split()[1]: line.split(" | ")[2:] for line in optimizers.table(Evidence([*first, *tries]))}
+    assert found["adamw_8bit"] == ["-40 / = / =", f"= {FEW}", f"= {FEW} |"]
+    assert found["paged_adamw_8bit"] == found["adamw_8bit"]
+    assert found["rmsprop_bnb_32bit"] == ["-40 / - / -", "= rmsprop_bnb", "= rmsprop_bnb |"]
+    assert found[FEW][0] == "-40 / -15 / -1"
+    # Other bytes, another class, other steps, the first of two names: the same as nothing.
+    for name in ("paged_adamw_32bit", "lion_8bit", "ademamix", "rmsprop_bnb"):
+        assert found[name] == ["-40 / - / -", "-", "- |"]
+
+
+def test_it_tells_that_lora_leaves_no_state_to_save() -> None:
+    held = {**FULL, "lora": (30.0, 1000.0)}
+    found = [r for r in records() if not r.spec.arm.endswith(f"-{ADAMW}") or r.spec.arm == f"loss-{ADAMW}"]
+    told = verdict([*found, *tried(ADAMW, held)])
+    assert told.flips == (
+        "holds in fp32 (AdamW's state is 80% of the peak, the most that any saves 40%), bf16 (AdamW's state is 80% of the peak, "
+        "the most that any saves 15%); does not in lora (AdamW's state is 3% of the peak, the most that any saves 1%)"
+    )
+    assert verdict(records(EVERYWHERE)).flips == ""
+    wide = (BEST[0] - 0.3, BEST[1], BEST[2] + 0.4)
+    assert "is undecided in fp32 (" in verdict(records(SAVING, wide)).flips
 
 
 def test_alone_adamw_is_compared_with_nothing() -> None:

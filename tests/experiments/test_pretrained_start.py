@@ -43,9 +43,8 @@ def record(
             "learning_rate": rate,
         }
     )
-    spec = TrialSpec(
-        experiment="pretrained_start", name=f"{task}-{start}-{seed}-{rate:g}", arm=f"{task}-{start}", settings=settings
-    )
+    name = f"{task}-{start}-{seed}-{rate:g}".replace("_", "-")
+    spec = TrialSpec(experiment="pretrained_start", name=name, arm=f"{task}-{start}", settings=settings)
     curve = list(losses or falling(settings, 1.0, needs))
     places = [BUDGET // POINTS * n for n in range(len(curve))]
     series: dict[str, list[float | None]] = {
@@ -111,6 +110,33 @@ def test_it_is_conditional_where_it_pays_on_one_task_alone_and_names_that() -> N
     assert found.verdict == "conditional"
     assert found.because.startswith("it pays on near; far: ")
     assert found.effect == pytest.approx(1.1, rel=0.1)
+    assert found.flips.startswith("it pays on near: random takes 2.8 [")
+    assert "] times the updates; it does not on far: random takes 1.2 [" in found.flips
+
+
+def test_it_tells_what_the_tasks_have_in_common_with_what_was_read_where_it_flips() -> None:
+    found = verdict([*there_at_once("leg_counting", 50), *runs("aiw_siblings", 22)])
+    assert found.flips.startswith(
+        "it pays on leg_counting (read in pretraining): pretrained is there at once; it does not on aiw_siblings (alike in form "
+        "alone): random takes 1.2 ["
+    )
+    assert verdict([*runs("near", 55), *runs("far", 50)]).flips == ""
+    assert "it is undecided on far: random takes" in verdict([*runs("near", 55), *runs("far", 20 * PAYS)]).flips
+
+
+def test_every_task_of_a_profile_is_told_by_what_it_has_in_common_with_what_was_read() -> None:
+    arms = set()
+    for profile in load_params(ROOT / "params.yaml").profiles.values():
+        plan = EXPERIMENT.plan(profile, "here")
+        arms |= {item.then[0].arm.rpartition("-")[0] for item in plan if isinstance(item, Sweep)}
+    assert arms == pretrained_start.KIN.keys()
+
+
+def test_the_scope_leaves_what_full_alone_tries_to_full() -> None:
+    assert "read in pretraining and alike in form (" in CLAIM.scope
+    assert CLAIM.scope.endswith(
+        "in the profile full also a task that is unlike, and a model that has read the web (smol)"
+    )
 
 
 def test_at_the_threshold_nothing_is_decided() -> None:
