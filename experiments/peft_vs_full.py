@@ -41,6 +41,8 @@ QUALITY_MARGIN = 0.05
 # More forgetting means at least five points of recall: one fact in twenty, two or more of the facts of either model.
 RECALL_MARGIN = 0.05
 
+GENERAL = "general_bits_per_byte"
+
 
 class MethodParams(Section):
     """The learning rates that a method sweeps, and its options."""
@@ -158,16 +160,25 @@ def _chosen(evidence: Evidence, model: str, method: str) -> str:
     return f"lr {best_rate(swept):g}{', at the edge of its grid' if at_edge(swept) else ''}"
 
 
+def _points(share: Interval) -> Interval:
+    """A share as points of a hundred."""
+    return Interval(100 * share.estimate, 100 * share.low, 100 * share.high, share.n)
+
+
+def _written(interval: Interval, form: str) -> str:
+    return f"{interval.estimate:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+
+
 def _over_cells(answers: dict[str, Answer], gaps: dict[str, Interval], unit: str, because: str) -> Finding:
-    """One verdict over several cells; the number is that of the cell with the lowest bound."""
+    """One verdict over several cells; the number is that of the cell with the lowest bound, of those that have one."""
     by_answer = "; ".join(
         f"{answer}: {', '.join(cell for cell in answers if answers[cell] == answer)}"
         for answer in ("yes", "no", "undecided")
         if answer in answers.values()
     )
     worst = min(gaps.values(), key=lambda gap: gap.low)
-    scaled = Interval(100 * worst.estimate, 100 * worst.low, 100 * worst.high, worst.n)
-    return Finding.of(over_answers(answers.values()), scaled, unit, f"{by_answer}{_excluded(answers)}; {because}")
+    because = f"{by_answer}{_excluded(answers)}; {because}"
+    return Finding.of(over_answers(answers.values()), _points(worst), unit, because)
 
 
 def _excluded(answers: dict[str, Answer]) -> str:
@@ -287,26 +298,45 @@ def _lost(evidence: Evidence, model: str, method: str) -> list[float]:
     return [_start(evidence, model, r) - r.figure("recall") for r in _best(evidence, model, method)]
 
 
+def _before_its_first_point(curve: Sequence[tuple[float, float]], loss: float) -> bool:
+    """Whether the curve reaches the loss in the base or on the line from there to the run's first point, where nothing was
+    measured.
+    """
+    return curve[0][0] <= loss or curve[1][0] < loss
+
+
 def judge_forgetting(evidence: Evidence) -> Finding:
-    """Recall that full fine-tuning loses beyond each method: at each one's best rate, and at equal validation loss."""
+    """Recall that full fine-tuning loses beyond each method: at each one's best rate, and at equal validation loss.
+
+    Where a run of either reaches that loss before the first point of its curve, equal loss is undecided and has no number.
+    """
+    answers: dict[str, Answer] = {}
     gaps: dict[str, Interval] = {}
     for model, method in _others(evidence):
         confidence = _together(evidence, model, questions=2)
         lost, full_lost = (_lost(evidence, model, m) for m in (method, FULL))
-        gaps[f"{method} on {model} at its best rate"] = paired_difference(full_lost, lost, confidence)
-        matched = []
+        cell = f"{method} on {model} at its best rate"
+        gaps[cell] = paired_difference(full_lost, lost, confidence)
+        answers[cell] = lies_above(gaps[cell], RECALL_MARGIN)
+        matched, unseen, cell = [], False, f"{method} on {model} at equal loss"
         for pair in zip(_best(evidence, model, FULL), _best(evidence, model, method), strict=True):
             full, own = (_curve(evidence, model, record) for record in pair)
             loss = max(min(loss for loss, _ in curve) for curve in (full, own))
             matched.append(_lost_at(full, loss) - _lost_at(own, loss))
-        gaps[f"{method} on {model} at equal loss"] = mean_interval(matched, confidence)
-    answers = {cell: lies_above(gap, RECALL_MARGIN) for cell, gap in gaps.items()}
-    numbers = ", ".join(f"{c} {100 * g.estimate:.0f} [{100 * g.low:.0f}, {100 * g.high:.0f}]" for c, g in gaps.items())
+            unseen |= any(_before_its_first_point(curve, loss) for curve in (full, own))
+        answers[cell] = "undecided"
+        if not unseen:
+            gaps[cell] = mean_interval(matched, confidence)
+            answers[cell] = lies_above(gaps[cell], RECALL_MARGIN)
+    because = ", ".join(f"{cell} {_written(_points(gap), '.0f')}" for cell, gap in gaps.items())
+    if len(gaps) < len(answers):
+        unmeasured = ", ".join(cell for cell in answers if cell not in gaps)
+        because += f"; undecided, since it is reached before the first point of a curve: {unmeasured}"
     return _over_cells(
         answers,
         gaps,
         "points of recall that full loses beyond the method",
-        f"{numbers}; {_retained(evidence)}; {_at_the_largest(evidence)}",
+        f"{because}; {_retained(evidence)}; {_at_the_largest(evidence)}",
     )
 
 
@@ -317,11 +347,11 @@ def _retained(evidence: Evidence) -> str:
         kept = []
         for method in _methods(evidence, model):
             best = _best(evidence, model, method)
-            bits = fmean(_figures(best, "general_bits_per_byte"))
+            bits = fmean(_figures(best, GENERAL))
             kept.append(
                 f"{method} {fmean(_figures(best, 'recall')):.2f} and {bits:.2f}{_spread(evidence, model, method)}"
             )
-        before = f"{base.figure('recall'):.2f} and {base.figure('general_bits_per_byte'):.2f} before"
+        before = f"{base.figure('recall'):.2f} and {base.figure(GENERAL):.2f} before"
         words.append(f"{model}: recall and bits per byte of general text {before}, {', '.join(kept)}")
     return "; ".join(words)
 

@@ -132,6 +132,60 @@ def test_at_equal_loss_the_better_learner_is_asked_earlier() -> None:
     assert "no: lora on tiny at equal loss" in found.because
 
 
+def along(found: list[Record], losses: list[float], recalls: list[float]) -> list[Record]:
+    """The runs with these validation losses and recalls at the two points of their curves."""
+    series = {"curve_validation_loss": losses, "curve_recall": recalls, "curve_update": [2.0, 4.0]}
+    return [r.model_copy(update={"series": {**r.series, **series}}) for r in found]
+
+
+@pytest.mark.parametrize(
+    ("full", "lora"),
+    [
+        pytest.param([0.5, 0.4], [1.2, 1.2], id="by full fine-tuning"),
+        pytest.param([1.2, 1.2], [0.5, 0.4], id="by the method"),
+        pytest.param([0.5, 0.4], [1.7, 1.6], id="in the base, by a method that learns nothing"),
+        pytest.param([1.7, 1.6], [1.7, 1.6], id="in the base, where neither learns"),
+    ],
+)
+def test_a_loss_that_is_reached_before_the_first_point_of_a_curve_decides_nothing(
+    full: list[float], lora: list[float]
+) -> None:
+    """The line from the base, where nothing was measured, would say 30 points, 100 or none, with no spread over seeds."""
+    found = evidence(
+        along(runs("full", 0.9, 0.0), full, [0.0, 0.0]), along(runs("lora", 0.9, 1.0, loss=1.2), lora, [1.0, 1.0])
+    )
+    curves = [subject._curve(found, "tiny", subject._best(found, "tiny", m)[0]) for m in ("full", "lora")]
+    loss = max(min(loss for loss, _ in curve) for curve in curves)
+    on_the_line = subject._lost_at(curves[0], loss) - subject._lost_at(curves[1], loss)
+    assert min(abs(on_the_line - points) for points in (0.3, 1.0, 0.0)) < 1e-9
+    judged = subject.judge_forgetting(found)
+    assert judged.verdict == "inconclusive"
+    assert judged.effect == pytest.approx(100)
+    assert "yes: lora on tiny at its best rate; undecided: lora on tiny at equal loss; " in judged.because
+    cell = "undecided, since it is reached before the first point of a curve: lora on tiny at equal loss; "
+    assert cell in judged.because
+    assert "lora on tiny at equal loss " not in judged.because  # no number
+
+
+def test_one_seed_that_reaches_the_loss_before_a_first_point_leaves_its_cell_undecided() -> None:
+    full, lora = runs("full", 0.9, 0.2), runs("lora", 0.9, 0.9)
+    assert subject.judge_forgetting(evidence(full, lora)).verdict == "supported"
+    early = [*along(lora[:1], [1.4, 1.2], [0.9, 0.9]), *lora[1:]]
+    assert subject.judge_forgetting(evidence(full, early)).verdict == "inconclusive"
+
+
+def test_a_loss_that_is_reached_at_a_first_point_was_measured_there() -> None:
+    """Full fine-tuning, which had forgotten all by its first point, and a method that comes just so far."""
+    full, lora = (
+        along(runs("full", 0.9, 0.0), [1.0, 0.5], [0.0, 0.0]),
+        along(runs("lora", 0.9, 1.0), [1.2, 1.0], [1, 1]),
+    )
+    judged = subject.judge_forgetting(evidence(full, lora))
+    assert judged.verdict == "supported"
+    assert "before the first point" not in judged.because
+    assert "lora on tiny at equal loss 100 [100, 100]" in judged.because
+
+
 def test_a_loss_between_two_points_is_interpolated() -> None:
     curve = [(2.0, 0.0), (1.0, 0.5), (0.5, 1.0)]
     assert subject._lost_at(curve, 1.5) == pytest.approx(0.25)
