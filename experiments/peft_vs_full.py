@@ -15,7 +15,9 @@ What is said of LoRA's quality on `tiny` turns over with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
@@ -27,7 +29,7 @@ from lab.params import Count, Profile, Rate, Section
 from lab.plots import Line, Plot
 from lab.records import Record
 from lab.specs import Plan, Sweep, Training, TrialSpec
-from lab.statistics import Answer, Interval, bonferroni, lies_above, mean_interval, paired_difference
+from lab.statistics import Answer, Interval, bonferroni, lies_above, lies_within, mean_interval, paired_difference
 from lab.sweeps import at_best, at_edge, best_rate, on_common_seeds, rates, with_rate
 
 NAME = "peft_vs_full"
@@ -42,6 +44,9 @@ QUALITY_MARGIN = 0.05
 RECALL_MARGIN = 0.05
 
 GENERAL = "general_bits_per_byte"
+
+MOST_FACTS = 1000
+"""No model is asked for as many: a share of facts is a fraction with no larger denominator."""
 
 
 class MethodParams(Section):
@@ -203,6 +208,12 @@ def _accuracy_gaps(evidence: Evidence, sign: int) -> dict[str, Interval]:
     return gaps
 
 
+def _equivalent(gaps: dict[str, Interval]) -> str:
+    """The cells in which neither is better by the margin: their whole gap lies within it on both sides."""
+    found = [cell for cell, gap in gaps.items() if lies_within(gap, -QUALITY_MARGIN, QUALITY_MARGIN) == "yes"]
+    return f"equivalent within {100 * QUALITY_MARGIN:.0f} points: {', '.join(found) or 'none'}"
+
+
 def _accuracies(evidence: Evidence) -> str:
     words = []
     for model in _models(evidence):
@@ -218,14 +229,16 @@ def judge_quality(evidence: Evidence) -> Finding:
     """Non-inferiority of each method's test accuracy, paired by seed with full fine-tuning's."""
     gaps = _accuracy_gaps(evidence, 1)
     answers = {cell: lies_above(gap, -QUALITY_MARGIN) for cell, gap in gaps.items()}
-    return _over_cells(answers, gaps, "points of accuracy, method minus full", _accuracies(evidence))
+    because = f"{_equivalent(gaps)}; {_accuracies(evidence)}"
+    return _over_cells(answers, gaps, "points of accuracy, method minus full", because)
 
 
 def judge_full_quality(evidence: Evidence) -> Finding:
     """Non-inferiority of full fine-tuning's test accuracy to each method's."""
     gaps = _accuracy_gaps(evidence, -1)
     answers = {cell: lies_above(gap, -QUALITY_MARGIN) for cell, gap in gaps.items()}
-    return _over_cells(answers, gaps, "points of accuracy, full minus method", _accuracies(evidence))
+    because = f"{_equivalent(gaps)}; {_accuracies(evidence)}"
+    return _over_cells(answers, gaps, "points of accuracy, full minus method", because)
 
 
 def untrained_adapters(evidence: Evidence) -> Evidence:
@@ -336,8 +349,40 @@ def judge_forgetting(evidence: Evidence) -> Finding:
         answers,
         gaps,
         "points of recall that full loses beyond the method",
-        f"{because}; {_retained(evidence)}; {_at_the_largest(evidence)}",
+        f"{because}{_without_spread(evidence)}; {_retained(evidence)}; {_general(evidence)}; {_at_the_largest(evidence)}",
     )
+
+
+def _without_spread(evidence: Evidence) -> str:
+    """The cells at the best rate in which every seed gives one difference, in facts: their intervals have no width."""
+    found = []
+    for model, method in _others(evidence):
+        facts = _facts(evidence, model)
+        pairs = zip(_lost(evidence, model, FULL), _lost(evidence, model, method), strict=True)
+        counts = [round(facts * (full - own)) for full, own in pairs]
+        if len(counts) > 1 and len(set(counts)) == 1:
+            found.append(f"{method} on {model} ({len(counts)} equal differences of {counts[0]} facts of {facts})")
+    return f"; of no width at its best rate: {', '.join(found)}" if found else ""
+
+
+def _facts(evidence: Evidence, model: str) -> int:
+    """The smallest number of facts that can give every recall found on the model."""
+    found = [r for r in evidence.records if r.spec.arm.startswith(f"{model}-")]
+    recalls = [v for r in found for n in ("recall", "off_recall") if (v := r.figures.get(n)) is not None]
+    return math.lcm(*(Fraction(value).limit_denominator(MOST_FACTS).denominator for value in recalls))
+
+
+def _general(evidence: Evidence) -> str:
+    """What general text costs full fine-tuning beyond each method, each counted from the base that it started from."""
+    words = []
+    for model, method in _others(evidence):
+        full, own = (
+            [r.figure(GENERAL) - _start(evidence, model, r, GENERAL) for r in _best(evidence, model, m)]
+            for m in (FULL, method)
+        )
+        gap = paired_difference(full, own, _together(evidence, model))
+        words.append(f"{method} on {model} {_written(gap, '.2f')}")
+    return f"told and not judged, rise of general text in bits per byte, full minus method: {', '.join(words)}"
 
 
 def _retained(evidence: Evidence) -> str:

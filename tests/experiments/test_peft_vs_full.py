@@ -72,6 +72,19 @@ def test_quality_is_kept_within_the_margin(lora: float, prompt: float, verdict: 
     assert subject.judge_quality(found).verdict == verdict
 
 
+def test_methods_whose_whole_gap_lies_within_the_margin_on_both_sides_are_equivalent() -> None:
+    """Prompt is as close on average and spreads too far; prefix is no worse, and better by more than the margin."""
+    spread = [
+        r.model_copy(update={"figures": {**r.figures, "test_accuracy": 0.8 + 0.1 * (-1) ** r.setting("seed")}})
+        for r in runs("prompt", 0.8, 0.5)
+    ]
+    found = evidence(runs("full", 0.8, 0.5), runs("lora", 0.79, 0.5), runs("prefix", 0.9, 0.5), spread)
+    for judge in (subject.judge_quality, subject.judge_full_quality):
+        assert "; equivalent within 5 points: lora on tiny; tiny: base 0.10" in judge(found).because
+    apart = evidence(runs("full", 0.8, 0.5), runs("lora", 0.9, 0.5))
+    assert "; equivalent within 5 points: none; " in subject.judge_quality(apart).because
+
+
 def test_full_fine_tuning_may_be_the_worse() -> None:
     worse = evidence(runs("full", 0.5, 0.5), runs("lora", 0.9, 0.5), runs("prompt", 0.8, 0.5))
     assert subject.judge_full_quality(worse).verdict == "refuted"
@@ -200,6 +213,41 @@ def test_what_the_largest_rate_as_good_would_lose_is_told_and_not_judged() -> No
     assert found.verdict == "refuted"
     assert "recall by rate as good: 0.001: 1.00, 0.01: 0.00" in found.because
     assert "rate as good: tiny would lose full 100 at 0.01 (2 seeds), lora 40 at 0.001 (5 seeds)" in found.because
+
+
+def test_what_general_text_costs_is_paired_and_counted_from_each_one_s_own_base() -> None:
+    """Full fine-tuning rises by 0.3 to 0.7; LoRA, whose base in 4 bits cost 0.2 more to begin with, by 0.1."""
+
+    def costing(found: list[Record], bits: float, off: float | None = None) -> list[Record]:
+        step, own = (0.1, {}) if off is None else (0.0, {"off_general_bits_per_byte": off})
+        figures = [own | {"general_bits_per_byte": bits + step * (r.setting("seed") - 2)} for r in found]
+        return [r.model_copy(update={"figures": {**r.figures, **new}}) for r, new in zip(found, figures, strict=True)]
+
+    full = costing(runs("full", 0.9, 0.5), 1.4)
+    told = "told and not judged, rise of general text in bits per byte, full minus method: lora on tiny "
+    found = evidence(full, costing(runs("lora", 0.9, 0.9), 1.2, off=1.1))
+    assert f"{told}0.40 [0.20, 0.60]; " in subject.judge_forgetting(found).because
+    further = evidence(full, costing(runs("lora", 0.9, 0.9), 1.2, off=0.9))
+    assert f"{told}0.20 [0.00, 0.40]; " in subject.judge_forgetting(further).because
+    same = subject.full_as_every_method(found)
+    assert f"{told}0.00 [0.00, 0.00]; " in subject.judge_forgetting(same).because
+
+
+def test_an_interval_without_width_says_of_how_many_equal_differences_it_is() -> None:
+    """22, 22 and 21 of 31 facts against 30, 30 and 29: eight more each time, though every recall varies."""
+
+    def keeping(found: list[Record], facts: list[int]) -> list[Record]:
+        return [
+            r.model_copy(update={"figures": {**r.figures, "recall": count / 31}})
+            for r, count in zip(found, facts, strict=False)
+        ]
+
+    full = keeping(runs("full", 0.9, 0.7), [22, 22, 21])
+    equal = subject.judge_forgetting(evidence(full, keeping(runs("dora", 0.9, 1.0), [30, 30, 29]))).because
+    assert "dora on tiny at its best rate 26 [26, 26]" in equal
+    assert "; of no width at its best rate: dora on tiny (3 equal differences of 8 facts of 31); " in equal
+    unequal = subject.judge_forgetting(evidence(full, keeping(runs("dora", 0.9, 1.0), [30, 30, 30]))).because
+    assert "of no width" not in unequal
 
 
 def test_an_undecided_verdict_says_what_it_excludes() -> None:
