@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
@@ -464,45 +465,35 @@ def adapters_that_keep_all(evidence: Evidence) -> Evidence:
 # Plots ----------------------------------------------------------------------------------------------------------
 
 
-def _over_rates(evidence: Evidence, model: str, figure: str) -> dict[str, Line]:
+def _label(method: str, model: str) -> str:
+    return method if model == MODELS[0] else f"{method} on {model}"
+
+
+def over_rates(evidence: Evidence, model: str, figure: str) -> dict[str, Line]:
+    """A figure over the learning rate, means over the seeds that ran there."""
     lines = {}
     for method in _methods(evidence, model):
         swept = [record for record in _swept(evidence, model, method) if record.figures.get(figure) is not None]
         tried = rates(swept)
         means = [fmean(_figures(with_rate(swept, rate), figure)) for rate in tried]
-        lines[method] = Line(tried, means)
+        lines[_label(method, model)] = Line(tried, means)
     return lines
 
 
-def accuracy_lines(evidence: Evidence) -> dict[str, Line]:
-    """Test accuracy of tiny over the learning rate."""
-    return _over_rates(evidence, "tiny", "test_accuracy")
-
-
-def recall_lines(evidence: Evidence) -> dict[str, Line]:
-    """Recall of tiny over the learning rate."""
-    return _over_rates(evidence, "tiny", "recall")
-
-
-def general_lines(evidence: Evidence) -> dict[str, Line]:
-    """Bits per byte of general text over the learning rate."""
-    return _over_rates(evidence, "tiny", "general_bits_per_byte")
-
-
-def trade_lines(evidence: Evidence) -> dict[str, Line]:
+def trade_lines(evidence: Evidence, model: str) -> dict[str, Line]:
     """Recall over accuracy: one point per learning rate."""
-    accuracy, recall = accuracy_lines(evidence), recall_lines(evidence)
+    accuracy, recall = (over_rates(evidence, model, figure) for figure in ("test_accuracy", "recall"))
     return {method: Line(accuracy[method].y, recall[method].y) for method in accuracy}
 
 
-def _over_steps(evidence: Evidence, x: str, figure: str = "recall") -> dict[str, Line]:
-    """Recall of tiny, or another figure, along the runs at the chosen rate, means over seeds; it starts with the base."""
-    base = _base(evidence, "tiny")
+def over_steps(evidence: Evidence, model: str, x: str, figure: str = "recall") -> dict[str, Line]:
+    """A figure along the runs at the chosen rate, over updates or validation loss, means over seeds; it starts with the base."""
+    base = _base(evidence, model)
     first = {"curve_update": 0.0, "curve_validation_loss": base.figure("validation_loss")}[x]
     lines = {}
-    for method in _methods(evidence, "tiny"):
-        best = _best(evidence, "tiny", method)
-        start = fmean([_start(evidence, "tiny", record, figure) for record in best])
+    for method in _methods(evidence, model):
+        best = _best(evidence, model, method)
+        start = fmean([_start(evidence, model, record, figure) for record in best])
         means = [
             [
                 fmean([float(v) for v in column if v is not None])
@@ -510,23 +501,67 @@ def _over_steps(evidence: Evidence, x: str, figure: str = "recall") -> dict[str,
             ]
             for n in (x, f"curve_{figure}")
         ]
-        lines[method] = Line([first, *means[0]], [start, *means[1]])
+        lines[_label(method, model)] = Line([first, *means[0]], [start, *means[1]])
     return lines
 
 
-def step_lines(evidence: Evidence) -> dict[str, Line]:
-    """Recall over the updates."""
-    return _over_steps(evidence, "curve_update")
-
-
-def general_step_lines(evidence: Evidence) -> dict[str, Line]:
-    """Bits per byte of general text over the updates."""
-    return _over_steps(evidence, "curve_update", "general_bits_per_byte")
-
-
-def loss_lines(evidence: Evidence) -> dict[str, Line]:
-    """Recall over the validation loss: what is lost on the way to it."""
-    return _over_steps(evidence, "curve_validation_loss")
+def _plots(model: str) -> tuple[Plot, ...]:
+    """The plots of one model, absent where the evidence has it not; those of the first bear no model in their names."""
+    of = "" if model == MODELS[0] else f"-{model}"
+    return (
+        Plot(
+            f"quality-over-learning-rate{of}",
+            f"Accuracy of {model}",
+            "learning rate",
+            "test accuracy",
+            partial(over_rates, model=model, figure="test_accuracy"),
+            log_x=True,
+        ),
+        Plot(
+            f"recall-over-learning-rate{of}",
+            f"What {model} still knows",
+            "learning rate",
+            "recall of facts",
+            partial(over_rates, model=model, figure="recall"),
+            log_x=True,
+        ),
+        Plot(
+            f"general-text-over-learning-rate{of}",
+            f"What general text costs {model}",
+            "learning rate",
+            "bits per byte of general text",
+            partial(over_rates, model=model, figure=GENERAL),
+            log_x=True,
+        ),
+        Plot(
+            f"learning-and-forgetting{of}",
+            f"Learning against forgetting on {model}, a point per rate",
+            "test accuracy",
+            "recall of facts",
+            partial(trade_lines, model=model),
+        ),
+        Plot(
+            f"recall-over-updates{of}",
+            f"What {model} still knows, each at its best rate",
+            "update",
+            "recall of facts",
+            partial(over_steps, model=model, x="curve_update"),
+        ),
+        Plot(
+            f"general-text-over-updates{of}",
+            f"What general text costs {model}, each at its best rate",
+            "update",
+            "bits per byte of general text",
+            partial(over_steps, model=model, x="curve_update", figure=GENERAL),
+        ),
+        Plot(
+            f"recall-over-loss{of}",
+            f"What is lost on the way to a loss on {model}, each at its best rate",
+            "validation loss",
+            "recall of facts",
+            partial(over_steps, model=model, x="curve_validation_loss"),
+        ),
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -614,58 +649,5 @@ EXPERIMENT = Experiment(
             stated={"cpu": "inconclusive", "full": "conditional"},
         ),
     ),
-    plots=(
-        Plot(
-            "quality-over-learning-rate",
-            "Accuracy of tiny",
-            "learning rate",
-            "test accuracy",
-            accuracy_lines,
-            log_x=True,
-        ),
-        Plot(
-            "recall-over-learning-rate",
-            "What tiny still knows",
-            "learning rate",
-            "recall of facts",
-            recall_lines,
-            log_x=True,
-        ),
-        Plot(
-            "general-text-over-learning-rate",
-            "What general text costs tiny",
-            "learning rate",
-            "bits per byte of general text",
-            general_lines,
-            log_x=True,
-        ),
-        Plot(
-            "learning-and-forgetting",
-            "Learning against forgetting, a point per rate",
-            "test accuracy",
-            "recall of facts",
-            trade_lines,
-        ),
-        Plot(
-            "recall-over-updates",
-            "What tiny still knows, each at its best rate",
-            "update",
-            "recall of facts",
-            step_lines,
-        ),
-        Plot(
-            "general-text-over-updates",
-            "What general text costs tiny, each at its best rate",
-            "update",
-            "bits per byte of general text",
-            general_step_lines,
-        ),
-        Plot(
-            "recall-over-loss",
-            "What is lost on the way to a loss, each at its best rate",
-            "validation loss",
-            "recall of facts",
-            loss_lines,
-        ),
-    ),
+    plots=tuple(plot for model in MODELS for plot in _plots(model)),
 )

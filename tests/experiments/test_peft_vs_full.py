@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from experiments import peft_vs_full as subject
 from lab.claims import Evidence
 from lab.errors import LabError
 from lab.params import parse
+from lab.plots import Plot, draw
 from lab.records import Record
 from lab.specs import Training, TrialSpec
 from tests.test_records import make_record
@@ -280,3 +282,47 @@ def test_full_fine_tuning_as_every_method_is_as_good_and_forgets_as_much() -> No
     same = subject.full_as_every_method(evidence(runs("full", 0.9, 0.5), runs("lora", 0.5, 0.9)))
     assert subject.judge_quality(same).verdict == subject.judge_full_quality(same).verdict == "supported"
     assert subject.judge_forgetting(same).verdict == "refuted"
+
+
+# Plots ----------------------------------------------------------------------------------------------------------
+
+
+def on_smol(records: list[Record]) -> list[Record]:
+    """The same records, of the other model."""
+
+    def moved(record: Record) -> Record:
+        spec = record.spec
+        settings = spec.settings.model_copy(update={"model": "smol"})
+        names = {"arm": spec.arm.replace("tiny", "smol"), "name": spec.name.replace("tiny", "smol")}
+        return record.model_copy(update={"spec": spec.model_copy(update={**names, "settings": settings})})
+
+    return [moved(record) for record in records]
+
+
+def bits_along(found: list[Record], end: float = 1.2) -> list[Record]:
+    series: dict[str, list[float | None]] = {"curve_general_bits_per_byte": [1.0, end]}
+    return [r.model_copy(update={"series": {**r.series, **series}}) for r in found]
+
+
+SMOL_PLOTS = [plot for plot in subject.EXPERIMENT.plots if plot.name.endswith("-smol")]
+
+
+@pytest.mark.parametrize("plot", SMOL_PLOTS, ids=lambda plot: plot.name)
+def test_smol_is_drawn_by_plots_of_its_own_that_are_absent_without_it(plot: Plot, tmp_path: Path) -> None:
+    tiny = [BASE, *bits_along([*runs("full", 0.9, 0.5), *runs("lora", 0.9, 0.9), *runs("lora", 0.2, 1.0, rate=1e-4)])]
+    assert draw(plot, Evidence(tiny), tmp_path / "absent") is None
+    both = Evidence([*tiny, *on_smol(tiny)])
+    assert list(plot.lines(both)) == ["full on smol", "lora on smol"]
+    first, again = draw(plot, both, tmp_path / "a"), draw(plot, both, tmp_path / "b")
+    assert first is not None
+    assert again is not None
+    assert first.read_bytes() == again.read_bytes()
+    beside = next(p for p in subject.EXPERIMENT.plots if p.name == plot.name.removesuffix("-smol"))
+    assert "smol" not in beside.title
+    assert plot.title == beside.title.replace("tiny", "smol")
+    assert list(beside.lines(both).values()) == list(plot.lines(both).values())  # of the same numbers
+    assert list(beside.lines(both)) == ["full", "lora"]
+    changed = bits_along([*runs("full", 0.9, 0.1), *runs("lora", 0.4, 0.2)], end=1.5)
+    other = Evidence([*tiny, *on_smol([BASE, *changed])])
+    assert plot.lines(other)["lora on smol"] != plot.lines(both)["lora on smol"]
+    assert beside.lines(other) == beside.lines(both)
