@@ -631,8 +631,9 @@ EXPERIMENT = Experiment(
             threshold=f"at least {100 * RECALL_MARGIN:.0f} points of recall more than every method, both at each one's best rate "
             "and at equal validation loss",
             scope=SCOPE
-            + "; facts that the base knows under two phrasings; the base is scored with the adapter off; of rates "
-            "equally good on the validation split the smallest is judged, and this choice decides: at the largest that is as good "
+            + "; facts that the base knows under two phrasings; the base is scored with the adapter off; equal loss is undecided "
+            "where a run reaches it before the first point of its curve; of rates equally good on the validation split the "
+            "smallest is judged, and this choice decides: at the largest that is as good "
             "full fine-tuning of tiny keeps no fact (profile cpu; the reasons tell what each method would lose there)",
             judge=judge_forgetting,
             controls={
