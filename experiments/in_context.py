@@ -211,24 +211,75 @@ perfect = _with_tuned(
 )
 
 
+# By number of examples ------------------------------------------------------------------------------------------
+
+
+def _shots(found: Sequence[Record]) -> list[int]:
+    """The numbers of examples, none too, that every record was asked with."""
+    return [
+        k for k in (0, *found[0].setting("shots")) if all(r.figures.get(f"icl{k}_accuracy") is not None for r in found)
+    ]
+
+
+def table(evidence: Evidence) -> list[str]:
+    """A row of Markdown for every model and number of examples, and for the tuned model, which is given none.
+
+    Accuracy, tokens of a prompt, milliseconds of an answer with all read anew and with the examples' cache kept.
+    """
+    lines = []
+    for arm in _arms(evidence):
+        found = evidence.select(arm)
+        model, _, method = arm.partition("-")
+        ways = {str(k): (f"icl{k}", tuple(WAYS.values())) for k in _shots(found)}
+        ways[f"0, tuned by {method}"] = ("tuned", ("seconds",))
+        for shots, (way, kinds) in ways.items():
+            times = [f"{1000 * _mean(found, f'{way}_{kind}'):.2f}" for kind in kinds]
+            cells = [f"{_mean(found, f'{way}_accuracy'):.2f}", f"{_mean(found, f'{way}_prompt_tokens'):.0f}", *times]
+            lines.append(f"| {model} | {shots} | {' | '.join([*cells, '-'][:4])} |")
+    return lines
+
+
+def _over_shots(found: Sequence[Record], figure: str) -> Line:
+    """A figure over the number of worked examples."""
+    asked = {k: mean_interval([r.figure(f"icl{k}_{figure}") for r in found]) for k in _shots(found)}
+    return Line(
+        list(asked),
+        [i.estimate for i in asked.values()],
+        [i.low for i in asked.values()],
+        [i.high for i in asked.values()],
+    )
+
+
+def _level(found: Sequence[Record], figure: str) -> Line:
+    """A figure of the tuned model, as a level line."""
+    tuned, shots = mean_interval([r.figure(f"tuned_{figure}") for r in found]), _shots(found)
+    return Line([shots[0], shots[-1]], [tuned.estimate] * 2, [tuned.low] * 2, [tuned.high] * 2)
+
+
 def accuracy_lines(evidence: Evidence) -> dict[str, Line]:
     """Accuracy over the number of worked examples, and that of the tuned model as a level line."""
     lines = {}
     for arm in _arms(evidence):
         found = evidence.select(arm)
-        shots = [
-            k
-            for k in (0, *found[0].setting("shots"))
-            if all(r.figures.get(f"icl{k}_accuracy") is not None for r in found)
-        ]
-        asked = [mean_interval([r.figure(f"icl{k}_accuracy") for r in found]) for k in shots]
-        tuned = mean_interval([r.figure("tuned_accuracy") for r in found])
         model, _, method = arm.partition("-")
-        lines[f"{model}, in context"] = Line(
-            shots, [i.estimate for i in asked], [i.low for i in asked], [i.high for i in asked]
-        )
-        ends = [shots[0], shots[-1]]
-        lines[f"{model}, tuned by {method}"] = Line(ends, [tuned.estimate] * 2, [tuned.low] * 2, [tuned.high] * 2)
+        lines[f"{model}, in context"] = _over_shots(found, "accuracy")
+        lines[f"{model}, tuned by {method}"] = _level(found, "accuracy")
+    return lines
+
+
+def token_lines(evidence: Evidence) -> dict[str, Line]:
+    """Tokens of a prompt over the number of worked examples."""
+    return {arm.partition("-")[0]: _over_shots(evidence.select(arm), "prompt_tokens") for arm in _arms(evidence)}
+
+
+def second_lines(evidence: Evidence) -> dict[str, Line]:
+    """Time of an answer over the number of worked examples, both ways, and that of the tuned model as a level line."""
+    lines: dict[str, Line] = {}
+    for arm in _arms(evidence):
+        found = evidence.select(arm)
+        model, _, method = arm.partition("-")
+        lines |= {f"{model}, {way}": _over_shots(found, seconds) for way, seconds in WAYS.items()}
+        lines[f"{model}, tuned by {method}"] = _level(found, "seconds")
     return lines
 
 
@@ -249,7 +300,8 @@ EXPERIMENT = Experiment(
                 "cost undecided where that number of examples does not help by as many points"
             ),
             scope=(
-                "one model both ways, short answers; tuned on all rows of the training split (2,000), prompted with at most 16; "
+                "one model both ways, short answers; tuned by LoRA alone, on all rows of the training split (2,000), prompted with "
+                "at most 16; a time per answer is one pass that scores it, and nothing is generated; "
                 "the form of the prompt as served it best, on the test split too; without the cost of a sweep; intervals are over "
                 "seeds, given the test questions: of 200 (tiny) one is 0.5 points, of 32 (smol, profile full) 3.1; a model of 1M "
                 "parameters is too small to show in-context learning"
@@ -276,6 +328,21 @@ EXPERIMENT = Experiment(
             "worked examples in the prompt",
             "test accuracy",
             accuracy_lines,
+        ),
+        Plot(
+            "prompt-tokens-over-shots",
+            "What worked examples cost in tokens",
+            "worked examples in the prompt",
+            "tokens of a prompt",
+            token_lines,
+        ),
+        Plot(
+            "seconds-over-shots",
+            "What worked examples cost in time",
+            "worked examples in the prompt",
+            "seconds of an answer",
+            second_lines,
+            log_y=True,
         ),
     ),
 )

@@ -15,7 +15,10 @@ What is said of LoRA's quality on `tiny` turns over with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
@@ -27,7 +30,7 @@ from lab.params import Count, Profile, Rate, Section
 from lab.plots import Line, Plot
 from lab.records import Record
 from lab.specs import Plan, Sweep, Training, TrialSpec
-from lab.statistics import Answer, Interval, bonferroni, lies_above, mean_interval, paired_difference
+from lab.statistics import Answer, Interval, bonferroni, lies_above, lies_within, mean_interval, paired_difference
 from lab.sweeps import at_best, at_edge, best_rate, on_common_seeds, rates, with_rate
 
 NAME = "peft_vs_full"
@@ -40,6 +43,11 @@ QUALITY_MARGIN = 0.05
 
 # More forgetting means at least five points of recall: one fact in twenty, two or more of the facts of either model.
 RECALL_MARGIN = 0.05
+
+GENERAL = "general_bits_per_byte"
+
+MOST_FACTS = 1000
+"""No model is asked for as many: a share of facts is a fraction with no larger denominator."""
 
 
 class MethodParams(Section):
@@ -158,16 +166,25 @@ def _chosen(evidence: Evidence, model: str, method: str) -> str:
     return f"lr {best_rate(swept):g}{', at the edge of its grid' if at_edge(swept) else ''}"
 
 
+def _points(share: Interval) -> Interval:
+    """A share as points of a hundred."""
+    return Interval(100 * share.estimate, 100 * share.low, 100 * share.high, share.n)
+
+
+def _written(interval: Interval, form: str) -> str:
+    return f"{interval.estimate:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+
+
 def _over_cells(answers: dict[str, Answer], gaps: dict[str, Interval], unit: str, because: str) -> Finding:
-    """One verdict over several cells; the number is that of the cell with the lowest bound."""
+    """One verdict over several cells; the number is that of the cell with the lowest bound, of those that have one."""
     by_answer = "; ".join(
         f"{answer}: {', '.join(cell for cell in answers if answers[cell] == answer)}"
         for answer in ("yes", "no", "undecided")
         if answer in answers.values()
     )
     worst = min(gaps.values(), key=lambda gap: gap.low)
-    scaled = Interval(100 * worst.estimate, 100 * worst.low, 100 * worst.high, worst.n)
-    return Finding.of(over_answers(answers.values()), scaled, unit, f"{by_answer}{_excluded(answers)}; {because}")
+    because = f"{by_answer}{_excluded(answers)}; {because}"
+    return Finding.of(over_answers(answers.values()), _points(worst), unit, because)
 
 
 def _excluded(answers: dict[str, Answer]) -> str:
@@ -192,6 +209,12 @@ def _accuracy_gaps(evidence: Evidence, sign: int) -> dict[str, Interval]:
     return gaps
 
 
+def _equivalent(gaps: dict[str, Interval]) -> str:
+    """The cells in which neither is better by the margin: their whole gap lies within it on both sides."""
+    found = [cell for cell, gap in gaps.items() if lies_within(gap, -QUALITY_MARGIN, QUALITY_MARGIN) == "yes"]
+    return f"equivalent within {100 * QUALITY_MARGIN:.0f} points: {', '.join(found) or 'none'}"
+
+
 def _accuracies(evidence: Evidence) -> str:
     words = []
     for model in _models(evidence):
@@ -207,14 +230,16 @@ def judge_quality(evidence: Evidence) -> Finding:
     """Non-inferiority of each method's test accuracy, paired by seed with full fine-tuning's."""
     gaps = _accuracy_gaps(evidence, 1)
     answers = {cell: lies_above(gap, -QUALITY_MARGIN) for cell, gap in gaps.items()}
-    return _over_cells(answers, gaps, "points of accuracy, method minus full", _accuracies(evidence))
+    because = f"{_equivalent(gaps)}; {_accuracies(evidence)}"
+    return _over_cells(answers, gaps, "points of accuracy, method minus full", because)
 
 
 def judge_full_quality(evidence: Evidence) -> Finding:
     """Non-inferiority of full fine-tuning's test accuracy to each method's."""
     gaps = _accuracy_gaps(evidence, -1)
     answers = {cell: lies_above(gap, -QUALITY_MARGIN) for cell, gap in gaps.items()}
-    return _over_cells(answers, gaps, "points of accuracy, full minus method", _accuracies(evidence))
+    because = f"{_equivalent(gaps)}; {_accuracies(evidence)}"
+    return _over_cells(answers, gaps, "points of accuracy, full minus method", because)
 
 
 def untrained_adapters(evidence: Evidence) -> Evidence:
@@ -287,27 +312,78 @@ def _lost(evidence: Evidence, model: str, method: str) -> list[float]:
     return [_start(evidence, model, r) - r.figure("recall") for r in _best(evidence, model, method)]
 
 
+def _before_its_first_point(curve: Sequence[tuple[float, float]], loss: float) -> bool:
+    """Whether the curve reaches the loss in the base or on the line from there to the run's first point, where nothing was
+    measured.
+    """
+    return curve[0][0] <= loss or curve[1][0] < loss
+
+
 def judge_forgetting(evidence: Evidence) -> Finding:
-    """Recall that full fine-tuning loses beyond each method: at each one's best rate, and at equal validation loss."""
+    """Recall that full fine-tuning loses beyond each method: at each one's best rate, and at equal validation loss.
+
+    Where a run of either reaches that loss before the first point of its curve, equal loss is undecided and has no number.
+    """
+    answers: dict[str, Answer] = {}
     gaps: dict[str, Interval] = {}
     for model, method in _others(evidence):
         confidence = _together(evidence, model, questions=2)
         lost, full_lost = (_lost(evidence, model, m) for m in (method, FULL))
-        gaps[f"{method} on {model} at its best rate"] = paired_difference(full_lost, lost, confidence)
-        matched = []
+        cell = f"{method} on {model} at its best rate"
+        gaps[cell] = paired_difference(full_lost, lost, confidence)
+        answers[cell] = lies_above(gaps[cell], RECALL_MARGIN)
+        matched, unseen, cell = [], False, f"{method} on {model} at equal loss"
         for pair in zip(_best(evidence, model, FULL), _best(evidence, model, method), strict=True):
             full, own = (_curve(evidence, model, record) for record in pair)
             loss = max(min(loss for loss, _ in curve) for curve in (full, own))
             matched.append(_lost_at(full, loss) - _lost_at(own, loss))
-        gaps[f"{method} on {model} at equal loss"] = mean_interval(matched, confidence)
-    answers = {cell: lies_above(gap, RECALL_MARGIN) for cell, gap in gaps.items()}
-    numbers = ", ".join(f"{c} {100 * g.estimate:.0f} [{100 * g.low:.0f}, {100 * g.high:.0f}]" for c, g in gaps.items())
+            unseen |= any(_before_its_first_point(curve, loss) for curve in (full, own))
+        answers[cell] = "undecided"
+        if not unseen:
+            gaps[cell] = mean_interval(matched, confidence)
+            answers[cell] = lies_above(gaps[cell], RECALL_MARGIN)
+    because = ", ".join(f"{cell} {_written(_points(gap), '.0f')}" for cell, gap in gaps.items())
+    if len(gaps) < len(answers):
+        unmeasured = ", ".join(cell for cell in answers if cell not in gaps)
+        because += f"; undecided, since it is reached before the first point of a curve: {unmeasured}"
     return _over_cells(
         answers,
         gaps,
         "points of recall that full loses beyond the method",
-        f"{numbers}; {_retained(evidence)}; {_at_the_largest(evidence)}",
+        f"{because}{_without_spread(evidence)}; {_retained(evidence)}; {_general(evidence)}; {_at_the_largest(evidence)}",
     )
+
+
+def _without_spread(evidence: Evidence) -> str:
+    """The cells at the best rate in which every seed gives one difference, in facts: their intervals have no width."""
+    found = []
+    for model, method in _others(evidence):
+        facts = _facts(evidence, model)
+        pairs = zip(_lost(evidence, model, FULL), _lost(evidence, model, method), strict=True)
+        counts = [round(facts * (full - own)) for full, own in pairs]
+        if len(counts) > 1 and len(set(counts)) == 1:
+            found.append(f"{method} on {model} ({len(counts)} equal differences of {counts[0]} facts of {facts})")
+    return f"; of no width at its best rate: {', '.join(found)}" if found else ""
+
+
+def _facts(evidence: Evidence, model: str) -> int:
+    """The smallest number of facts that can give every recall found on the model."""
+    found = [r for r in evidence.records if r.spec.arm.startswith(f"{model}-")]
+    recalls = [v for r in found for n in ("recall", "off_recall") if (v := r.figures.get(n)) is not None]
+    return math.lcm(*(Fraction(value).limit_denominator(MOST_FACTS).denominator for value in recalls))
+
+
+def _general(evidence: Evidence) -> str:
+    """What general text costs full fine-tuning beyond each method, each counted from the base that it started from."""
+    words = []
+    for model, method in _others(evidence):
+        full, own = (
+            [r.figure(GENERAL) - _start(evidence, model, r, GENERAL) for r in _best(evidence, model, m)]
+            for m in (FULL, method)
+        )
+        gap = paired_difference(full, own, _together(evidence, model))
+        words.append(f"{method} on {model} {_written(gap, '.2f')}")
+    return f"told and not judged, rise of general text in bits per byte, full minus method: {', '.join(words)}"
 
 
 def _retained(evidence: Evidence) -> str:
@@ -317,11 +393,11 @@ def _retained(evidence: Evidence) -> str:
         kept = []
         for method in _methods(evidence, model):
             best = _best(evidence, model, method)
-            bits = fmean(_figures(best, "general_bits_per_byte"))
+            bits = fmean(_figures(best, GENERAL))
             kept.append(
                 f"{method} {fmean(_figures(best, 'recall')):.2f} and {bits:.2f}{_spread(evidence, model, method)}"
             )
-        before = f"{base.figure('recall'):.2f} and {base.figure('general_bits_per_byte'):.2f} before"
+        before = f"{base.figure('recall'):.2f} and {base.figure(GENERAL):.2f} before"
         words.append(f"{model}: recall and bits per byte of general text {before}, {', '.join(kept)}")
     return "; ".join(words)
 
@@ -389,45 +465,35 @@ def adapters_that_keep_all(evidence: Evidence) -> Evidence:
 # Plots ----------------------------------------------------------------------------------------------------------
 
 
-def _over_rates(evidence: Evidence, model: str, figure: str) -> dict[str, Line]:
+def _label(method: str, model: str) -> str:
+    return method if model == MODELS[0] else f"{method} on {model}"
+
+
+def over_rates(evidence: Evidence, model: str, figure: str) -> dict[str, Line]:
+    """A figure over the learning rate, means over the seeds that ran there."""
     lines = {}
     for method in _methods(evidence, model):
         swept = [record for record in _swept(evidence, model, method) if record.figures.get(figure) is not None]
         tried = rates(swept)
         means = [fmean(_figures(with_rate(swept, rate), figure)) for rate in tried]
-        lines[method] = Line(tried, means)
+        lines[_label(method, model)] = Line(tried, means)
     return lines
 
 
-def accuracy_lines(evidence: Evidence) -> dict[str, Line]:
-    """Test accuracy of tiny over the learning rate."""
-    return _over_rates(evidence, "tiny", "test_accuracy")
-
-
-def recall_lines(evidence: Evidence) -> dict[str, Line]:
-    """Recall of tiny over the learning rate."""
-    return _over_rates(evidence, "tiny", "recall")
-
-
-def general_lines(evidence: Evidence) -> dict[str, Line]:
-    """Bits per byte of general text over the learning rate."""
-    return _over_rates(evidence, "tiny", "general_bits_per_byte")
-
-
-def trade_lines(evidence: Evidence) -> dict[str, Line]:
+def trade_lines(evidence: Evidence, model: str) -> dict[str, Line]:
     """Recall over accuracy: one point per learning rate."""
-    accuracy, recall = accuracy_lines(evidence), recall_lines(evidence)
+    accuracy, recall = (over_rates(evidence, model, figure) for figure in ("test_accuracy", "recall"))
     return {method: Line(accuracy[method].y, recall[method].y) for method in accuracy}
 
 
-def _over_steps(evidence: Evidence, x: str, figure: str = "recall") -> dict[str, Line]:
-    """Recall of tiny, or another figure, along the runs at the chosen rate, means over seeds; it starts with the base."""
-    base = _base(evidence, "tiny")
+def over_steps(evidence: Evidence, model: str, x: str, figure: str = "recall") -> dict[str, Line]:
+    """A figure along the runs at the chosen rate, over updates or validation loss, means over seeds; it starts with the base."""
+    base = _base(evidence, model)
     first = {"curve_update": 0.0, "curve_validation_loss": base.figure("validation_loss")}[x]
     lines = {}
-    for method in _methods(evidence, "tiny"):
-        best = _best(evidence, "tiny", method)
-        start = fmean([_start(evidence, "tiny", record, figure) for record in best])
+    for method in _methods(evidence, model):
+        best = _best(evidence, model, method)
+        start = fmean([_start(evidence, model, record, figure) for record in best])
         means = [
             [
                 fmean([float(v) for v in column if v is not None])
@@ -435,23 +501,67 @@ def _over_steps(evidence: Evidence, x: str, figure: str = "recall") -> dict[str,
             ]
             for n in (x, f"curve_{figure}")
         ]
-        lines[method] = Line([first, *means[0]], [start, *means[1]])
+        lines[_label(method, model)] = Line([first, *means[0]], [start, *means[1]])
     return lines
 
 
-def step_lines(evidence: Evidence) -> dict[str, Line]:
-    """Recall over the updates."""
-    return _over_steps(evidence, "curve_update")
-
-
-def general_step_lines(evidence: Evidence) -> dict[str, Line]:
-    """Bits per byte of general text over the updates."""
-    return _over_steps(evidence, "curve_update", "general_bits_per_byte")
-
-
-def loss_lines(evidence: Evidence) -> dict[str, Line]:
-    """Recall over the validation loss: what is lost on the way to it."""
-    return _over_steps(evidence, "curve_validation_loss")
+def _plots(model: str) -> tuple[Plot, ...]:
+    """The plots of one model, absent where the evidence has it not; those of the first bear no model in their names."""
+    of = "" if model == MODELS[0] else f"-{model}"
+    return (
+        Plot(
+            f"quality-over-learning-rate{of}",
+            f"Accuracy of {model}",
+            "learning rate",
+            "test accuracy",
+            partial(over_rates, model=model, figure="test_accuracy"),
+            log_x=True,
+        ),
+        Plot(
+            f"recall-over-learning-rate{of}",
+            f"What {model} still knows",
+            "learning rate",
+            "recall of facts",
+            partial(over_rates, model=model, figure="recall"),
+            log_x=True,
+        ),
+        Plot(
+            f"general-text-over-learning-rate{of}",
+            f"What general text costs {model}",
+            "learning rate",
+            "bits per byte of general text",
+            partial(over_rates, model=model, figure=GENERAL),
+            log_x=True,
+        ),
+        Plot(
+            f"learning-and-forgetting{of}",
+            f"Learning against forgetting on {model}, a point per rate",
+            "test accuracy",
+            "recall of facts",
+            partial(trade_lines, model=model),
+        ),
+        Plot(
+            f"recall-over-updates{of}",
+            f"What {model} still knows, each at its best rate",
+            "update",
+            "recall of facts",
+            partial(over_steps, model=model, x="curve_update"),
+        ),
+        Plot(
+            f"general-text-over-updates{of}",
+            f"What general text costs {model}, each at its best rate",
+            "update",
+            "bits per byte of general text",
+            partial(over_steps, model=model, x="curve_update", figure=GENERAL),
+        ),
+        Plot(
+            f"recall-over-loss{of}",
+            f"What is lost on the way to a loss on {model}, each at its best rate",
+            "validation loss",
+            "recall of facts",
+            partial(over_steps, model=model, x="curve_validation_loss"),
+        ),
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -521,8 +631,9 @@ EXPERIMENT = Experiment(
             threshold=f"at least {100 * RECALL_MARGIN:.0f} points of recall more than every method, both at each one's best rate "
             "and at equal validation loss",
             scope=SCOPE
-            + "; facts that the base knows under two phrasings; the base is scored with the adapter off; of rates "
-            "equally good on the validation split the smallest is judged, and this choice decides: at the largest that is as good "
+            + "; facts that the base knows under two phrasings; the base is scored with the adapter off; equal loss is undecided "
+            "where a run reaches it before the first point of its curve; of rates equally good on the validation split the "
+            "smallest is judged, and this choice decides: at the largest that is as good "
             "full fine-tuning of tiny keeps no fact (profile cpu; the reasons tell what each method would lose there)",
             judge=judge_forgetting,
             controls={
@@ -539,58 +650,5 @@ EXPERIMENT = Experiment(
             stated={"cpu": "inconclusive", "full": "conditional"},
         ),
     ),
-    plots=(
-        Plot(
-            "quality-over-learning-rate",
-            "Accuracy of tiny",
-            "learning rate",
-            "test accuracy",
-            accuracy_lines,
-            log_x=True,
-        ),
-        Plot(
-            "recall-over-learning-rate",
-            "What tiny still knows",
-            "learning rate",
-            "recall of facts",
-            recall_lines,
-            log_x=True,
-        ),
-        Plot(
-            "general-text-over-learning-rate",
-            "What general text costs tiny",
-            "learning rate",
-            "bits per byte of general text",
-            general_lines,
-            log_x=True,
-        ),
-        Plot(
-            "learning-and-forgetting",
-            "Learning against forgetting, a point per rate",
-            "test accuracy",
-            "recall of facts",
-            trade_lines,
-        ),
-        Plot(
-            "recall-over-updates",
-            "What tiny still knows, each at its best rate",
-            "update",
-            "recall of facts",
-            step_lines,
-        ),
-        Plot(
-            "general-text-over-updates",
-            "What general text costs tiny, each at its best rate",
-            "update",
-            "bits per byte of general text",
-            general_step_lines,
-        ),
-        Plot(
-            "recall-over-loss",
-            "What is lost on the way to a loss, each at its best rate",
-            "validation loss",
-            "recall of facts",
-            loss_lines,
-        ),
-    ),
+    plots=tuple(plot for model in MODELS for plot in _plots(model)),
 )

@@ -8,6 +8,7 @@ from statistics import fmean
 
 import pytest
 
+from experiments.in_context import table as in_context_table
 from experiments.optimizers import table as optimizer_table
 from experiments.training_cost import quality_memory_time
 from lab.claims import Evidence, Experiment, distrust, in_tier, judge_controls
@@ -154,6 +155,13 @@ def test_the_readme_shows_every_optimizer_that_runs() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = optimizer_table(evidence)
     assert "\n" + "\n".join(lines) + "\n\n" in readme, "README.md's table of optimizers should be:\n" + "\n".join(lines)
+
+
+def test_the_readme_shows_every_number_of_worked_examples() -> None:
+    lines = in_context_table(Evidence(Study.load("cpu", ROOT).evidence("in_context")[0]))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = "\n".join(lines)
+    assert "\n" + table + "\n\n" in readme, f"README.md's table of worked examples should be:\n{table}"
 
 
 def test_the_readme_shows_every_peak_that_was_measured_and_predicted() -> None:

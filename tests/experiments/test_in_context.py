@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from experiments.in_context import EXPERIMENT, accuracy_lines, break_even, judge
+from experiments.in_context import EXPERIMENT, accuracy_lines, break_even, judge, second_lines, table, token_lines
 from lab.claims import Evidence, Finding
 from lab.claims import judge as judge_claim
 from lab.records import Record
@@ -122,3 +122,40 @@ def test_the_plot_has_a_curve_and_a_level_line_for_each_model() -> None:
     assert lines["tiny, in context"].x == [0, 1, 4]
     assert lines["tiny, in context"].y == pytest.approx([0.1, 0.1, 0.3])
     assert lines["smol, tuned by lora"].y == pytest.approx([0.91, 0.91])
+
+
+def test_the_plots_of_cost_have_a_curve_for_each_way_and_a_level_line() -> None:
+    found = Evidence([*evidence(icl4_seconds=0.7), *evidence("smol")])
+    tokens, seconds = token_lines(found), second_lines(found)
+    assert list(tokens) == ["tiny", "smol"]
+    assert tokens["tiny"].x == [0, 1, 4]
+    assert tokens["tiny"].y == pytest.approx([10, 20, 50])
+    ways = ("examples read anew", "examples' cache kept", "tuned by lora")
+    assert list(seconds) == [f"{model}, {way}" for model in ("tiny", "smol") for way in ways]
+    assert seconds["tiny, examples read anew"].y == pytest.approx([0.1, 0.2, 0.7])
+    assert seconds["tiny, examples' cache kept"].y == pytest.approx([0.1, 0.125, 0.2])
+    assert seconds["smol, examples read anew"].y == pytest.approx([0.1, 0.2, 0.5])
+    assert seconds["smol, tuned by lora"].y == pytest.approx([0.1, 0.1])
+
+
+def test_the_table_has_a_row_for_every_number_of_examples_and_for_the_tuned_model() -> None:
+    slow = Evidence([*evidence(icl4_seconds=0.7, icl4_prompt_tokens=51.0), *evidence("smol", tuned_accuracy=0.4)])
+    assert table(slow) == [
+        "| tiny | 0 | 0.10 | 10 | 100.00 | 100.00 |",
+        "| tiny | 1 | 0.10 | 20 | 200.00 | 125.00 |",
+        "| tiny | 4 | 0.30 | 51 | 700.00 | 200.00 |",
+        "| tiny | 0, tuned by lora | 0.91 | 10 | 100.00 | - |",
+        "| smol | 0 | 0.10 | 10 | 100.00 | 100.00 |",
+        "| smol | 1 | 0.10 | 20 | 200.00 | 125.00 |",
+        "| smol | 4 | 0.30 | 50 | 500.00 | 200.00 |",
+        "| smol | 0, tuned by lora | 0.41 | 10 | 100.00 | - |",
+    ]
+
+
+def test_a_number_of_examples_that_one_seed_has_not_is_in_no_plot_and_no_table() -> None:
+    records = evidence()
+    left = {n: v for n, v in records[0].figures.items() if not n.startswith("icl1_")}
+    without = Evidence([records[0].model_copy(update={"figures": left}), *records[1:]])
+    assert [row.split("|")[2].strip() for row in table(without)] == ["0", "4", "0, tuned by lora"]
+    for lines in (accuracy_lines, token_lines, second_lines):
+        assert next(iter(lines(without).values())).x == [0, 4]

@@ -43,8 +43,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def base(family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
+def base(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES[family]})
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from lab.methods import (
     quantisation,
 )
 from lab.models import shapes
+from tests.methods.away import FAMILIES
 
 SMALL = json.loads(shapes()["llama-6m"].read_text())
 
@@ -49,6 +52,17 @@ def llama(hidden: int, inner: int, layers: int, heads: int, key_value_heads: int
 def train_once(model: Any) -> None:
     tokens = torch.randint(0, SMALL["vocab_size"], (2, 8), generator=torch.Generator().manual_seed(0))
     model(input_ids=tokens, labels=tokens).loss.backward()
+
+
+def model_types(configurations: Iterable[Path]) -> set[str]:
+    return {json.loads(path.read_text(encoding="utf-8"))["model_type"] for path in configurations}
+
+
+def test_the_lab_s_own_methods_are_tried_on_every_family_that_is_bundled(tmp_path: Path) -> None:
+    assert set(FAMILIES) == model_types(shapes().values())
+    new = tmp_path / "new.json"
+    new.write_text(json.dumps({**SMALL, "model_type": "olmo2"}), encoding="utf-8")
+    assert model_types([*shapes().values(), new]) - set(FAMILIES) == {"olmo2"}
 
 
 # Counts ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lab.errors import LabError
 from lab.methods import MoraOptions, apply_method, closed_form, count_parameters
@@ -33,7 +34,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
 
 def mora(family: str = "llama", **options: Any) -> Any:
     targets = {"targets": TARGETS[family]} if family in TARGETS else {}
-    return apply_method(base(family), "mora", {"rank": 3, **targets, **options})
+    return apply_method(base(family), "mora", {"rank": 3} | targets | options)
 
 
 def layer(inputs: int, outputs: int, rank: int, operator: int, dtype: torch.dtype = torch.float64) -> MoraLayer:
@@ -157,6 +158,26 @@ def test_it_is_saved_and_loaded_switched_off_and_merged(family: str, tmp_path: P
     with model.disable_adapter():
         torch.testing.assert_close(logits(model), logits(base(family)))
     torch.testing.assert_close(logits(model.merge_and_unload()), made, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("operator", sorted(OPERATORS))
+def test_every_operator_merges_into_weights_that_stand_the_other_way_round(operator: int) -> None:
+    """GPT-2's layers hold `(inputs, outputs)`; those that are square would take an update that stands wrong, too."""
+    targets = ("c_attn", "c_proj", "c_fc")
+    model = drawn(mora("gpt2", operator=operator, targets=targets))
+    layers = [m for m in model.modules() if isinstance(m, MoraLayer)]
+    assert all(isinstance(m.get_base_layer(), Conv1D) for m in layers)
+    square = [m for m in layers if m.in_features == m.out_features]
+    assert {(m.in_features, m.out_features) for m in layers} == {(32, 96), (32, 32), (32, 128), (128, 32)}
+    made = logits(model)
+    assert not torch.allclose(made, logits(base("gpt2")), atol=1e-3)
+    turned = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(logits(turned), made, rtol=1e-4, atol=1e-4)
+    names = [name for name, m in model.get_base_model().named_modules() if m in square]
+    for name in names:  # the fault: each square update as it stands in a linear layer
+        delta = model.get_base_model().get_submodule(name).get_delta_weight("default").detach()
+        turned.get_submodule(name).weight.data += delta - delta.T
+    assert not torch.allclose(logits(turned), made, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lab.errors import LabError
-from lab.methods import apply_method, check_room
+from lab.methods import OWN, apply_method, check_room
 from lab.methods.saving import (
     BASE,
     CONFIG,
@@ -29,6 +29,7 @@ from lab.specs import Training
 from lab.training import FineTuning
 from lab.workspace import Workspace
 from tests.conftest import RAGGED_TASK
+from tests.methods import away
 from tests.methods.away import drawn, logits
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -107,6 +108,31 @@ def test_it_comes_back_as_it_was_and_two_are_switched_on_one_base(method: str, b
     save_adapter(one, tmp_path / "again", base)
     assert sorted(path.name for path in (tmp_path / "again").iterdir() if path.is_dir()) == []
     torch.testing.assert_close(last(load_adapter(load(base), tmp_path / "again", "it", base)), expected["second"])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
+@pytest.mark.parametrize("method", OWN)
+def test_the_lab_s_own_methods_come_back_on_other_families(method: str, family: str, tmp_path: Path) -> None:
+    """Layers that hold their weights the other way round, or norms about the sublayers; tied embeddings in both."""
+    path = tmp_path / "base"
+    away.base(family).save_pretrained(path)
+    options = METHODS[method] | ({"targets": ("c_attn", "c_fc")} if (method, family) == ("mora", "gpt2") else {})
+    model, plain = drawn(apply_method(load(path), method, options)), last(load(path))
+    expected = last(model)
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    save_adapter(model, tmp_path / "made", path)
+    again = load_adapter(load(path), tmp_path / "made", "it", path).eval()
+    torch.testing.assert_close(last(again), expected)
+    with again.disable_adapter():
+        torch.testing.assert_close(last(again), plain)
+    if method in MERGED:
+        torch.testing.assert_close(last(merge(again)), expected, rtol=1e-4, atol=1e-4)
+    else:
+        assert said(lambda: merge(again)).startswith("merge: a bottleneck adapter has a nonlinearity")
+    away.base(family, seed=1).save_pretrained(tmp_path / "other")
+    other = load(tmp_path / "other")
+    text = said(lambda: load_adapter(other, tmp_path / "made", "it", tmp_path / "other"))
+    assert text.startswith(f"adapter {tmp_path / 'made'}: it belongs to the base 'base'")
 
 
 @pytest.mark.parametrize("method", MERGED)
