@@ -528,7 +528,7 @@ EXPERIMENT = Experiment(
                 "inconclusive": "Try it on your setup: keep it where the largest batch doubles, and time an update with and "
                 "without before a long run.",
             },
-            stated={"cpu": "inconclusive", "sim": "conditional"},
+            stated={"cpu": "conditional", "sim": "conditional"},
         ),
     ),
     plots=(
