@@ -367,7 +367,7 @@ EXPERIMENT = Experiment(
                 "inconclusive": "Try one size down on your own task, and take it if you cannot tell its answers from the larger "
                 "one's.",
             },
-            stated={"cpu": "inconclusive"},
+            stated={"cpu": "inconclusive", "full": "inconclusive"},
         ),
     ),
     plots=(
