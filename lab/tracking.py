@@ -175,7 +175,7 @@ class Tracker:
                 location = self.workspace.artifacts.as_uri()
                 tags = {"mlflow.experimentKind": "custom_model_development"}
                 created = client.create_experiment(name, artifact_location=location, tags=tags)
-                note = f"[Table of trials]({_page(created)}). Claims: {', '.join(claims)}"
+                note = f"{', '.join(claims)}. [Table of trials]({_page(created)})"  # the list shows how it begins
                 client.set_experiment_tag(created, _NOTE, note)
                 self._experiments[name] = created
             else:
