@@ -349,14 +349,10 @@ def _flips(evidence: Evidence, found: Sequence[Cell]) -> str:
             "it grows by less": little,
             "no sequence fits": [cell for cell in cells if not cell.with_it],
         }
-        words = [f"{side} on {_list(str(c.card) for c in there)} GB" for side, there in sides.items() if there]
+        words = [f"{side} on {', '.join(str(c.card) for c in there)} GB" for side, there in sides.items() if there]
         logits = f" (logits are {_logits_share(setups[setup][-1]):.0%} of what a sequence adds)" if little else ""
         told.setdefault(", ".join(words), []).append(f"{setup}{logits}")
-    return "; ".join(f"{_list(chosen)}: {words}" for words, chosen in told.items())
-
-
-def _list(words: Iterable[str]) -> str:
-    return ", ".join(words)
+    return "; ".join(f"{', '.join(chosen)}: {words}" for words, chosen in told.items())
 
 
 def _equal(evidence: Evidence) -> Part:
@@ -408,7 +404,7 @@ def _price(evidence: Evidence) -> Part:
         answers[method] = _paid(ratio, most)
         word = {"yes": "", "no": ", which is not one pass more", "undecided": ", undecided"}[answers[method]]
         reasons.append(
-            f"{method} {ratio.estimate:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] times the time, n = {ratio.n} "
+            f"{method} {ratio:.2f} times the time, n = {ratio.n} "
             f"(operations {counted:.2f}, theory {THEORY[method]:.2f}){word}"
         )
     return Part(over_answers(answers.values()), ", ".join(reasons))

@@ -108,9 +108,7 @@ class Effect:
     """Of the loss on general text."""
 
     def __str__(self) -> str:
-        fall, rise = (
-            f"{100 * i.estimate:.0f} [{100 * i.low:.0f}, {100 * i.high:.0f}] %" for i in (self.fall, self.rise)
-        )
+        fall, rise = (f"{i.times(100):.0f} %" for i in (self.fall, self.rise))
         return f"at {self.rate:g} domain loss falls {fall}, general loss rises {rise}"
 
 
@@ -143,16 +141,15 @@ def judge_domain(evidence: Evidence) -> Finding:
     suffer = [arm for arm, answer in spares.items() if answer == "no"]
     because = "; ".join([f"the general text suffers under {', '.join(suffer)}"] * bool(suffer) + notes)
     least = min((effect.fall for effect in effects.values()), key=lambda fall: fall.low)
-    scaled = Interval(100 * least.estimate, 100 * least.low, 100 * least.high, least.n)
     unit = "% of the domain's loss gone, by the method that does least"
     answers = set(improves.values())
     if answers == set(spares.values()) == {"yes"}:
-        return Finding.of("supported", scaled, unit, because)
+        return Finding.of("supported", least.times(100), unit, because)
     if answers == {"no"}:
-        return Finding.of("refuted", scaled, unit, because)
+        return Finding.of("refuted", least.times(100), unit, because)
     if "yes" in answers and ("no" in answers or suffer):
-        return Finding.of("conditional", scaled, unit, because)
-    return Finding.of("inconclusive", scaled, unit, because)
+        return Finding.of("conditional", least.times(100), unit, because)
+    return Finding.of("inconclusive", least.times(100), unit, because)
 
 
 def _sparing(base: Record, records: Sequence[Record]) -> str:

@@ -275,12 +275,7 @@ def judge(evidence: Evidence) -> Finding:
 
 def _lost_at(lost: dict[float, Interval | None]) -> list[str]:
     """In words: 12.1 [11.8, 12.4] % at 0.001."""
-    return [f"{_percent(i)} at {rate:g}" if i else f"all at {rate:g} (it breaks)" for rate, i in lost.items()]
-
-
-def _percent(share: Interval) -> str:
-    estimate, low, high = (f"{100 * value:z.1f}" for value in (share.estimate, share.low, share.high))
-    return f"{estimate} [{low}, {high}] %"
+    return [f"{i.times(100):z.1f} % at {rate:g}" if i else f"all at {rate:g} (it breaks)" for rate, i in lost.items()]
 
 
 def _enough(lost: dict[float, Interval | None]) -> list[str]:
@@ -311,21 +306,20 @@ def _flips(by_way: dict[str, tuple[dict[str, float], dict[float, Interval | None
         enough, little = ([p for p in saved if (saved[p] < LEAST_SAVING) == less] for less in (False, True))
         where = f"at {', '.join(enough)} and not at {', '.join(little)}" if enough and little else ""
         ways.setdefault(where or ("at every point" if enough else "at no point"), []).append(way)
-    told = [f"{LEAST_SAVING:.0%} of the peak is saved by {', by '.join(f'{_list(w)} {at}' for at, w in ways.items())}"]
+    by = ", by ".join(f"{', '.join(chosen)} {where}" for where, chosen in ways.items())
+    told = [f"{LEAST_SAVING:.0%} of the peak is saved by {by}"]
     for way, (_, lost) in by_way.items():
         rates: dict[Answer, list[str]] = {}
         for rate, interval in lost.items():
             rates.setdefault(_trains(interval), []).append(f"{rate:g}" + " (it breaks)" * (interval is None))
         if rates.keys() - {"yes"}:
-            words = ", ".join(f"{answer} at {_list(there)}" for answer, there in sorted(rates.items(), reverse=True))
+            words = ", ".join(
+                f"{answer} at {', '.join(there)}" for answer, there in sorted(rates.items(), reverse=True)
+            )
             start = _within_from(lost)
             below = f" (below about {start} it loses more than {MARGIN:.0%} of the progress)" if start else ""
             told.append(f"{way} trains as fp32 does: {words}{below}")
     return "; ".join(told)
-
-
-def _list(words: Sequence[str]) -> str:
-    return ", ".join(words)
 
 
 def _both(saving: float, trains: Answer) -> Answer:

@@ -145,7 +145,7 @@ def judge(evidence: Evidence) -> Finding:
             cost = lies_above(ratio, COST_MARGIN) if helps else "undecided"
             answers.append(_both(quality, cost))
             costs.append(
-                f"{way}: {_written(ratio, '.2f')} x the tuned model's time per answer, quicker {cost}, "
+                f"{way}: {ratio:.2f} x the tuned model's time per answer, quicker {cost}, "
                 f"training made up for after {_answers(break_even(found, seconds))}"
             )
         shots = "/".join(f"{k:.0f}" for k in sorted({r.figure("icl_best_shots") for r in found}))
@@ -159,8 +159,9 @@ def judge(evidence: Evidence) -> Finding:
             f"by FLOPs after {_answers(break_even(found, 'flops'))}"
         )
     worst = min(gains, key=lambda gain: gain.low)
-    points = Interval(100 * worst.estimate, 100 * worst.low, 100 * worst.high, worst.n)
-    return Finding.of(over_answers(answers), points, "points of accuracy, tuned minus in-context", ". ".join(notes))
+    return Finding.of(
+        over_answers(answers), worst.times(100), "points of accuracy, tuned minus in-context", ". ".join(notes)
+    )
 
 
 def _without(found: Sequence[Record]) -> float:
@@ -169,8 +170,7 @@ def _without(found: Sequence[Record]) -> float:
 
 
 def _nothing(helped: Interval) -> str:
-    points = Interval(100 * helped.estimate, 100 * helped.low, 100 * helped.high, helped.n)
-    return f"; nothing to compare: no number of examples helps (the best by {_written(points, '.1f')} points over none)"
+    return f"; nothing to compare: no number of examples helps (the best by {helped.times(100):.1f} points over none)"
 
 
 def _left_out(found: Sequence[Record]) -> str:
@@ -183,12 +183,8 @@ def _mean(found: Sequence[Record], name: str) -> float:
     return math.fsum(r.figure(name) for r in found) / len(found)
 
 
-def _written(interval: Interval, form: str) -> str:
-    return f"{interval.estimate:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
-
-
 def _answers(count: Interval) -> str:
-    return f"{_written(count, ',.0f')} answers".replace("inf", "never")
+    return f"{count:,.0f} answers".replace("inf", "never")
 
 
 def _with_tuned(change: Callable[[Record], dict[str, float]]) -> Callable[[Evidence], Evidence]:

@@ -123,11 +123,7 @@ def _flips(
     """What grows by GROWTH or less and what by more, from which length of rows on a full shuffle is too, and what `map` misses."""
     parts = []
     for answer, words in (("yes", "at most"), ("no", "more than"), ("undecided", "undecided against")):
-        told = [
-            f"{name} {found.estimate:.2g} [{found.low:.2g}, {found.high:.2g}]"
-            for name, found in grows.items()
-            if answers[name] == answer
-        ]
+        told = [f"{name} {found:.2g}" for name, found in grows.items() if answers[name] == answer]
         parts += [f"{words} {GROWTH:g} bytes of private memory a byte of data: {', '.join(told)}"] if told else []
     if "no" in {answers[f"shuffle, rows of {length} B"] for length in by_length}:
         taken = {

@@ -184,8 +184,7 @@ def judge_little(evidence: Evidence) -> Finding:
     flat = flat_from(records)
     because = "; ".join(
         [
-            f"judged at {little} rows: {100 * gap[little].estimate:.1f} [{100 * gap[little].low:.1f}, "
-            f"{100 * gap[little].high:.1f}] points against {max(records)} rows",
+            f"judged at {little} rows: {gap[little].times(100):.1f} points against {max(records)} rows",
             f"base {base:.2f}",
             *(_described(evidence, method) for method in _methods(evidence)),
         ]

@@ -135,7 +135,7 @@ class Step:
 
     def __str__(self) -> str:
         words = ", ".join(
-            f"{name} {100 * i.estimate:.0f} [{100 * i.low:.0f}, {100 * i.high:.0f}] %"
+            f"{name} {i.times(100):.0f} %"
             + f" (undecided: tuning of {' and '.join(self.at_edge)} is best at the edge of its grid)"
             * (name == "task" and bool(self.at_edge))
             if self.has[name]
@@ -231,9 +231,10 @@ def judge(evidence: Evidence) -> Finding:
     if not kept:
         raise MissingEvidence("the larger models have learnt nothing that could be kept")
     least = min(kept, key=lambda interval: interval.estimate)
-    scaled = Interval(100 * least.estimate, 100 * least.low, 100 * least.high, least.n)
     flips = _flips(members, answers)
-    return Finding.of(verdict, scaled, "% of a quality kept, where least", "; ".join([*opening, *notes]), flips)
+    return Finding.of(
+        verdict, least.times(100), "% of a quality kept, where least", "; ".join([*opening, *notes]), flips
+    )
 
 
 def _flips(members: Sequence[tuple[str, Mapping[int, Record]]], answers: Sequence[tuple[Step, str, Answer]]) -> str:

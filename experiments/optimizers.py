@@ -14,7 +14,7 @@ LoRA, where there is little state to save. The sim tier knows memory alone, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -182,8 +182,7 @@ class Row:
         words = [f"{self.name} {_range(self.state['fp32'], '.2f')} B"]
         words.append("peak " + "/".join(f"{-100 * s.estimate:+.0f}" for s in self.saved.values()) + " %")
         if self.lost:
-            low, high = 100 * self.lost.low, 100 * self.lost.high
-            words.append(f"{100 * self.lost.estimate:.1f} [{low:.1f}, {high:.1f}] % lost{' (edge)' * self.edge}")
+            words.append(f"{self.lost.times(100):.1f} % lost{' (edge)' * self.edge}")
         return ", ".join([*words, *([f"{self.time:.2f} x the time"] if self.time else [])])
 
 
@@ -284,23 +283,19 @@ def judge_choice(evidence: Evidence) -> Finding:
     keeping = [row for row in table if row.keeps == "yes"]
     best = span([max((row.saved[regime].estimate for row in keeping), default=0.0) for regime in REGIMES])
     told = {"yes": "does", "no": "does not", "undecided": "is undecided"}
-    chosen = {r: [row.name for row in keeping if r in row.saves] for r in REGIMES}
+    chosen = {r: ", ".join(row.name for row in keeping if r in row.saves) for r in REGIMES}
     simulated = _simulated(evidence)
     flips = _flips(evidence, answers, table) if len(set(answers.values())) > 1 else ""
     because = "; ".join(
         [
             *(["by bytes alone, the loss is not asked: what is named may learn less"] if simulated else []),
-            *(f"{r} {told[answers[r]]}{f' by {_list(chosen[r])}' if chosen[r] else ''}" for r in REGIMES),
+            *(f"{r} {told[answers[r]]}{f' by {chosen[r]}' if chosen[r] else ''}" for r in REGIMES),
             f"state per parameter in fp32, peak in {'/'.join(REGIMES)}: " + " | ".join(map(str, table)),
             *_standings(evidence),
         ]
     )
     by = "the smallest optimizer, the loss not asked" if simulated else "the best optimizer that keeps the loss"
     return Finding.of(over_answers(answers.values()), best, f"of AdamW's peak, by {by}", because, flips)
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(names)
 
 
 def _flips(evidence: Evidence, answers: dict[str, Answer], table: list[Row]) -> str:
@@ -315,7 +310,7 @@ def _flips(evidence: Evidence, answers: dict[str, Answer], table: list[Row]) -> 
             told.append(
                 f"{regime} (AdamW's state is {_range(state, '.0%')} of the peak, the most that any saves {most:.0%})"
             )
-        parts += [f"{words} {_list(told)}"] if told else []
+        parts += [f"{words} {', '.join(told)}"] if told else []
     return "; ".join(parts)
 
 
@@ -323,7 +318,7 @@ def _standings(evidence: Evidence) -> list[str]:
     """Which names do not run here as they say, by what they lack."""
     unpaged = [n for n in _tried(evidence) if _runs(evidence, n) and _falls_back(evidence, n)]
     standing = {**_lacking(evidence), **({"run here unpaged": unpaged} if unpaged else {})}
-    return [f"{words}: {_list(names)}" for words, names in sorted(standing.items())]
+    return [f"{words}: {', '.join(names)}" for words, names in sorted(standing.items())]
 
 
 def _lacking(evidence: Evidence) -> dict[str, list[str]]:
@@ -362,12 +357,12 @@ def table(evidence: Evidence) -> list[str]:
             for regime in REGIMES
         )
         lost = row.lost if row else None
-        told = f"{100 * lost.estimate:.1f} [{100 * lost.low:.1f}, {100 * lost.high:.1f}]" if lost else other
+        told = f"{lost.times(100):.1f}" if lost else other
         time = f"{row.time:.2f}" if row and row.time else other
         unpaged = " (unpaged)" * _falls_back(evidence, name)
         lines.append(f"| {name}{unpaged} | {_state(record):.2f} | {peaks} | {told} | {time} |")
     missing = sorted(_lacking(evidence).items())
-    return [*lines, *(f"| {words}: {_list(names)} | - | - | - | - |" for words, names in missing)]
+    return [*lines, *(f"| {words}: {', '.join(names)} | - | - | - | - |" for words, names in missing)]
 
 
 def _same_as(evidence: Evidence, name: str, compared: Container[str]) -> str:

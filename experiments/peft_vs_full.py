@@ -166,15 +166,6 @@ def _chosen(evidence: Evidence, model: str, method: str) -> str:
     return f"lr {best_rate(swept):g}{', at the edge of its grid' if at_edge(swept) else ''}"
 
 
-def _points(share: Interval) -> Interval:
-    """A share as points of a hundred."""
-    return Interval(100 * share.estimate, 100 * share.low, 100 * share.high, share.n)
-
-
-def _written(interval: Interval, form: str) -> str:
-    return f"{interval.estimate:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
-
-
 def _over_cells(answers: dict[str, Answer], gaps: dict[str, Interval], unit: str, because: str) -> Finding:
     """One verdict over several cells; the number is that of the cell with the lowest bound, of those that have one."""
     by_answer = "; ".join(
@@ -184,7 +175,7 @@ def _over_cells(answers: dict[str, Answer], gaps: dict[str, Interval], unit: str
     )
     worst = min(gaps.values(), key=lambda gap: gap.low)
     because = f"{by_answer}{_excluded(answers)}; {because}"
-    return Finding.of(over_answers(answers.values()), _points(worst), unit, because)
+    return Finding.of(over_answers(answers.values()), worst.times(100), unit, because)
 
 
 def _excluded(answers: dict[str, Answer]) -> str:
@@ -342,7 +333,7 @@ def judge_forgetting(evidence: Evidence) -> Finding:
         if not unseen:
             gaps[cell] = mean_interval(matched, confidence)
             answers[cell] = lies_above(gaps[cell], RECALL_MARGIN)
-    because = ", ".join(f"{cell} {_written(_points(gap), '.0f')}" for cell, gap in gaps.items())
+    because = ", ".join(f"{cell} {gap.times(100):.0f}" for cell, gap in gaps.items())
     if len(gaps) < len(answers):
         unmeasured = ", ".join(cell for cell in answers if cell not in gaps)
         because += f"; undecided, since it is reached before the first point of a curve: {unmeasured}"
@@ -382,7 +373,7 @@ def _general(evidence: Evidence) -> str:
             for m in (FULL, method)
         )
         gap = paired_difference(full, own, _together(evidence, model))
-        words.append(f"{method} on {model} {_written(gap, '.2f')}")
+        words.append(f"{method} on {model} {gap:.2f}")
     return f"told and not judged, rise of general text in bits per byte, full minus method: {', '.join(words)}"
 
 

@@ -154,7 +154,7 @@ class Race:
     def ratio(self) -> str:
         """In words: at least 2.1 [1.8, 2.4] times the updates."""
         least = "at least " if self.unreached else ""
-        return f"{least}{self.updates.estimate:.2g} [{self.updates.low:.2g}, {self.updates.high:.2g}] times the updates"
+        return f"{least}{self.updates:.2g} times the updates"
 
 
 def arrival(record: Record, target: float, along: str = "curve_update") -> float | None:

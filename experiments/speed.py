@@ -25,7 +25,7 @@ from lab.params import Count, Profile, Section
 from lab.plots import Line, Plot
 from lab.records import Record
 from lab.specs import Speed, TrialSpec
-from lab.statistics import Interval, bonferroni, lies_within, mean_ratio
+from lab.statistics import bonferroni, lies_within, mean_ratio
 
 NAME = "speed"
 SLOWER = "control-checkpointing"
@@ -128,10 +128,6 @@ def _on(cell: tuple[str, str]) -> str:
     return f"{cell[1]} on {cell[0]}"
 
 
-def _short(interval: Interval) -> str:
-    return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
-
-
 def judge_speed(evidence: Evidence) -> Finding:
     """In each pair: is the lab's time that of the plain Trainer, within MARGIN either way?"""
     pairs = _pairs(evidence)
@@ -144,7 +140,7 @@ def judge_speed(evidence: Evidence) -> Finding:
         cells.append(Cell(_on(cell), ratios, lies_within(ratios, 1 / (1 + MARGIN), 1 + MARGIN)))
     furthest = max(cells, key=lambda cell: abs(math.log(cell.interval.estimate)))
     rows = "; ".join(_row(cell, records) for cell, records in done.items())
-    because = f"{in_words('as fast', cells, _short)}; tokens a second, lab and plain: {rows}"
+    because = f"{in_words('as fast', cells, '{:.3f}'.format)}; tokens a second, lab and plain: {rows}"
     unknown = {r.provenance.device for rs in done.values() for r in rs if r.setting("device") == "cuda"}
     unknown = {device for device in unknown if peak_flops(device) is None}
     because += f"; no share of the peak: that of {', '.join(sorted(unknown))} is not known here" if unknown else ""

@@ -141,11 +141,7 @@ def trials(params: Params, profile: Profile) -> list[TrialSpec]:
 
 
 def _words(title: str, cells: Sequence[Cell]) -> str:
-    return in_words(title, cells, _short)
-
-
-def _short(interval: Interval) -> str:
-    return f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+    return in_words(title, cells, "{:.2f}".format)
 
 
 def _timed(evidence: Evidence, arm: str, model: str) -> list[Record]:

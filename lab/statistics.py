@@ -22,7 +22,15 @@ class Interval:
     n: int
 
     def __str__(self) -> str:
-        return f"{self.estimate:.4g} [{self.low:.4g}, {self.high:.4g}] (n = {self.n})"
+        return f"{self:.4g} (n = {self.n})"
+
+    def __format__(self, form: str) -> str:
+        """Its three numbers in one form: `f"{Interval(0.5, 0.25, 0.75, 3):.2f}"` is `0.50 [0.25, 0.75]`."""
+        return f"{self.estimate:{form}} [{self.low:{form}}, {self.high:{form}}]" if form else str(self)
+
+    def times(self, factor: float) -> Interval:
+        """In another unit: a share times 100 is in points."""
+        return Interval(factor * self.estimate, factor * self.low, factor * self.high, self.n)
 
 
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:

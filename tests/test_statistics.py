@@ -157,3 +157,10 @@ def test_a_curve_is_at_most_a_level_first_where_the_line_between_two_points_cros
     assert first_at_most(falling, 1.5) == 25.0
     assert first_at_most(falling, -1.0) is None
     assert first_at_most([], 1.0) is None
+
+
+def test_an_interval_is_written_in_one_form_and_turned_into_another_unit() -> None:
+    share = Interval(0.5, 0.25, math.inf, 3)
+    assert f"{share:.2f}" == "0.50 [0.25, inf]"
+    assert f"{share}" == str(share) == "0.5 [0.25, inf] (n = 3)"
+    assert share.times(100) == Interval(50.0, 25.0, math.inf, 3)
