@@ -28,7 +28,7 @@ test: setup
 	ruff check .
 	ruff format --check .
 	mypy
-	pytest
+	pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 bundle: setup
 	@lab bundle $(if $(PARTS),--parts $(PARTS))

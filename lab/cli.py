@@ -96,14 +96,16 @@ def run(experiment: str, profile: ProfileOption = None) -> None:
     """Run the trials of one experiment that have no valid record yet. A DVC stage."""
     from lab.progress import Reporter, warn
     from lab.records import check_writable, write_text
-    from lab.trials import run_trials, study_lock
+    from lab.trials import run_trials, start_server, study_lock
 
     chosen = _study(profile)
     chosen.registry.experiment(experiment)
     card = chosen.require_device()
     specs = chosen.read_plan(experiment)
     check_writable(chosen.workspace.results)
-    if not specs:  # the stage's folder has to be there, and git keeps no empty one
+    if specs:  # it imports the stack while MLflow is imported here
+        start_server(specs, chosen.profile.device)
+    else:  # the stage's folder has to be there, and git keeps no empty one
         note = f"The profile {chosen.workspace.profile} plans no trial of {experiment}.\n"
         write_text(chosen.workspace.results / experiment / "nothing-planned.txt", note)
     shortfall = chosen.forecast(card).shortfall if card else None

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lab.errors import LabError
-from lab.runners import RUNNERS
+from lab.runners import module_of
 from lab.specs import TrialSpec
 
 Status = Literal["ok", "oom", "diverged", "failed"]
@@ -187,7 +187,7 @@ def code_fingerprint(root: Path, kind: str, methods: frozenset[str] = frozenset(
         methods: those of the trial; one of the lab's own has its code in a module of its name.
     """
     digest = hashlib.sha256()
-    for path in numeric_files(root, RUNNERS[kind].split(":")[0], *(f"lab.methods.{method}" for method in methods)):
+    for path in numeric_files(root, module_of(kind), *(f"lab.methods.{method}" for method in methods)):
         digest.update(f"{path.name}\n{meaning(ast.parse(path.read_text(encoding='utf-8')))}\n".encode())
     return digest.hexdigest()[:16]
 

@@ -50,6 +50,11 @@ class Outcome:
     diverged: str = ""
 
 
+def module_of(kind: str) -> str:
+    """The module that runs the trials of a kind."""
+    return RUNNERS[kind].split(":")[0]
+
+
 def execute(settings: AnySettings, workspace: Workspace) -> Outcome:
     """Run one trial in this process."""
     module, function = RUNNERS[settings.kind].split(":")

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -25,22 +26,24 @@ from lab.errors import LabError
 from lab.grouped_queries import count_grouped_queries
 from lab.models import shapes
 from lab.records import Provenance, Record, Status
+from lab.runners import module_of
 from lab.specs import Plan, Simulation, TrialSpec, templates
 from lab.sweeps import expand
 from lab.workspace import Workspace
 
 PRELOAD = [
+    "lab.cli",
     "lab.trials",
-    "lab.memory.trial",
-    "lab.memory.simulated_trial",
     "bitsandbytes",
     "peft",
     "transformers.optimization",
     "transformers.models.llama.modeling_llama",
 ]
-"""Imported once by the server from which trials are forked: 12 s that no trial pays again."""
+"""Imported once by the server from which trials are forked, with the modules of their kinds: 10 s that no trial pays again.
+`lab.cli` is what started the study: a forked process runs its parent's main module again."""
 
 PRELOAD_FOR_CUDA = [
+    "lab.cli",
     "lab.trials",
     "torch",
     "transformers.models.auto.modeling_auto",
@@ -129,6 +132,7 @@ def run_trials(
     """
     if not plan:
         return []
+    start_server(plan, device)
     origin = Origin.now(workspace, templates(plan), threads, device)
     found: dict[str, Record] = {}
     pace = _Pace(threads)
@@ -329,6 +333,21 @@ def read_environment(workspace: Workspace) -> str:
 # Processes ------------------------------------------------------------------------------------------------------
 
 
+def start_server(plan: Plan, device: str) -> None:
+    """Start the server from which trials are forked, unless it runs already. It imports while the caller does something else."""
+    preload = PRELOAD_FOR_CUDA
+    if device == "cuda":
+        for name in NOT_DEFAULT:
+            os.environ.pop(name, None)
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is a GPU starts nothing then
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the Trainer would spread a batch over several
+    else:
+        kinds = {spec.settings.kind for spec in templates(plan)}
+        preload = [*PRELOAD, *sorted(map(module_of, kinds)), "lab.preloaded"]
+    forkserver.set_forkserver_preload(preload)
+    forkserver.ensure_running()
+
+
 @dataclass
 class _Running:
     """A trial under way in its own process."""
@@ -373,12 +392,6 @@ def _run_all(
     The processes are forked from a server that has imported the stack. What does not fit the card is not run.
     """
     context = multiprocessing.get_context("forkserver")
-    if origin.driver:
-        for name in NOT_DEFAULT:
-            os.environ.pop(name, None)
-        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is a GPU starts nothing then
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the Trainer would spread a batch over several
-    context.set_forkserver_preload(PRELOAD_FOR_CUDA if origin.driver else PRELOAD)
     waiting = list(specs)
     running: list[_Running] = []
     try:

@@ -15,7 +15,7 @@ import yaml
 
 from lab import records
 from lab.claims import discover
-from lab.runners import RUNNERS
+from lab.runners import RUNNERS, module_of
 from tests.conftest import ROOT
 
 REGISTRY = discover()
@@ -48,7 +48,7 @@ def test_every_experiment_is_a_stage_a_plan_and_a_reason_to_judge_again() -> Non
 
 
 def read_by(kind: str) -> set[str]:
-    module = RUNNERS[kind].split(":")[0]
+    module = module_of(kind)
     return {path.relative_to(ROOT / "lab").as_posix() for path in records.numeric_files(ROOT, module)}
 
 
@@ -62,13 +62,33 @@ def test_a_training_stage_depends_on_the_code_that_the_fingerprint_reads_and_on_
     assert unread == {"shapes", "sweeps.py"}, "a dep of `trials`, but in no trial's fingerprint (shapes are inputs)"
 
 
+@pytest.fixture(scope="module")
+def imported() -> dict[str, set[str]]:
+    """By module that runs a kind of trial, what it imports of `lab`: each in a process that has everything but `lab`."""
+    script = """
+import json, os, sys
+import bitsandbytes, datasets, peft, torch, transformers.trainer, trl
+for module in sys.argv[1:]:
+    if os.fork() == 0:
+        try:
+            __import__(module)
+            print(json.dumps([module, [name for name in sys.modules if name.split(".")[0] == "lab"]]), flush=True)
+        finally:
+            os._exit(0)
+    os.wait()
+"""
+    command = [sys.executable, "-c", script, *sorted(set(map(module_of, RUNNERS)))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
+    return {module: set(names) for module, names in map(json.loads, done.stdout.splitlines())}
+
+
 @pytest.mark.parametrize("kind", RUNNERS)
-def test_what_a_trial_imports_of_the_library_is_in_the_fingerprint_or_a_declaration(kind: str) -> None:
-    runner = RUNNERS[kind].split(":")[0]
-    script = f"import json, sys, {runner}; print(json.dumps([m for m in sys.modules if m.split('.')[0] == 'lab']))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-    modules = set(json.loads(done.stdout.splitlines()[-1])) - set(records.DECLARATIONS)
+def test_what_a_trial_imports_of_the_library_is_in_the_fingerprint_or_a_declaration(
+    kind: str, imported: dict[str, set[str]]
+) -> None:
+    modules = imported[module_of(kind)] - set(records.DECLARATIONS)
     read = {f"lab.{name.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}" for name in read_by(kind)}
+    assert module_of(kind) in modules
     assert modules <= read
 
 

@@ -20,6 +20,8 @@ from lab.errors import LabError
 from lab.records import Record
 from lab.specs import Memory, Plan, Sweep, Training, TrialSpec
 from lab.trials import (
+    NOT_DEFAULT,
+    PRELOAD,
     PRELOAD_FOR_CUDA,
     Origin,
     Progress,
@@ -27,6 +29,7 @@ from lab.trials import (
     TimeIsUp,
     _is_out_of_memory,
     run_trials,
+    start_server,
     study_lock,
 )
 from lab.workspace import Workspace
@@ -352,6 +355,24 @@ def test_a_record_of_an_emulated_card_says_so_and_is_no_evidence_for_the_card_it
     assert part.inputs(spec("a")) == {**whole.inputs(spec("a")), "LAB_VRAM_GIB": "24"}
     assert part.device_memory_bytes < 24 * 2**30 < whole.device_memory_bytes
     assert Origin.now(workspace, [spec("a")], 1, "cpu").limit_gib is None
+
+
+def test_the_server_imports_what_its_trials_run_and_freezes_that_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr("lab.trials.forkserver.set_forkserver_preload", asked.append)
+    monkeypatch.setattr("lab.trials.forkserver.ensure_running", lambda: None)
+    for name in (*NOT_DEFAULT, "PYTORCH_NVML_BASED_CUDA_CHECK", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "1")
+    start_server([spec("a")], "cpu")
+    start_server([spec("a")], "cuda")
+    assert asked == [[*PRELOAD, "lab.memory.trial", "lab.preloaded"], PRELOAD_FOR_CUDA]
+    assert not set(NOT_DEFAULT) & set(os.environ)
+
+
+def test_what_is_frozen_is_the_imported_stack() -> None:
+    script = "import gc, lab.preloaded; print(gc.get_freeze_count())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert int(done.stdout) > 100_000
 
 
 @pytest.mark.parametrize(("modules", "starts"), [(PRELOAD_FOR_CUDA, False), (["bitsandbytes"], True)])
