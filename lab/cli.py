@@ -104,7 +104,7 @@ def run(experiment: str, profile: ProfileOption = None) -> None:
     specs = chosen.read_plan(experiment)
     check_writable(chosen.workspace.results)
     if specs:  # it imports the stack while MLflow is imported here
-        start_server(specs, chosen.profile.device)
+        start_server(chosen.profile.device)
     else:  # the stage's folder has to be there, and git keeps no empty one
         note = f"The profile {chosen.workspace.profile} plans no trial of {experiment}.\n"
         write_text(chosen.workspace.results / experiment / "nothing-planned.txt", note)

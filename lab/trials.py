@@ -26,7 +26,6 @@ from lab.errors import LabError
 from lab.grouped_queries import count_grouped_queries
 from lab.models import shapes
 from lab.records import Provenance, Record, Status
-from lab.runners import module_of
 from lab.specs import Plan, Simulation, TrialSpec, templates
 from lab.sweeps import expand
 from lab.workspace import Workspace
@@ -34,13 +33,16 @@ from lab.workspace import Workspace
 PRELOAD = [
     "lab.cli",
     "lab.trials",
+    "lab.memory.trial",
+    "lab.memory.simulated_trial",
     "bitsandbytes",
     "peft",
     "transformers.optimization",
     "transformers.models.llama.modeling_llama",
+    "lab.preloaded",
 ]
-"""Imported once by the server from which trials are forked, with the modules of their kinds: 10 s that no trial pays again.
-`lab.cli` is what started the study: a forked process runs its parent's main module again."""
+"""Imported once, in this order, by the server from which trials are forked: 10 s that no trial pays again. `lab.cli` is what
+started the study: a forked process runs its parent's main module again."""
 
 PRELOAD_FOR_CUDA = [
     "lab.cli",
@@ -132,7 +134,7 @@ def run_trials(
     """
     if not plan:
         return []
-    start_server(plan, device)
+    start_server(device)
     origin = Origin.now(workspace, templates(plan), threads, device)
     found: dict[str, Record] = {}
     pace = _Pace(threads)
@@ -333,18 +335,14 @@ def read_environment(workspace: Workspace) -> str:
 # Processes ------------------------------------------------------------------------------------------------------
 
 
-def start_server(plan: Plan, device: str) -> None:
+def start_server(device: str) -> None:
     """Start the server from which trials are forked, unless it runs already. It imports while the caller does something else."""
-    preload = PRELOAD_FOR_CUDA
     if device == "cuda":
         for name in NOT_DEFAULT:
             os.environ.pop(name, None)
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is a GPU starts nothing then
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the Trainer would spread a batch over several
-    else:
-        kinds = {spec.settings.kind for spec in templates(plan)}
-        preload = [*PRELOAD, *sorted(map(module_of, kinds)), "lab.preloaded"]
-    forkserver.set_forkserver_preload(preload)
+    forkserver.set_forkserver_preload(PRELOAD_FOR_CUDA if device == "cuda" else PRELOAD)
     forkserver.ensure_running()
 
 

@@ -21,7 +21,6 @@ from lab.records import Record
 from lab.specs import Memory, Plan, Sweep, Training, TrialSpec
 from lab.trials import (
     NOT_DEFAULT,
-    PRELOAD,
     PRELOAD_FOR_CUDA,
     Origin,
     Progress,
@@ -357,15 +356,18 @@ def test_a_record_of_an_emulated_card_says_so_and_is_no_evidence_for_the_card_it
     assert Origin.now(workspace, [spec("a")], 1, "cpu").limit_gib is None
 
 
-def test_the_server_imports_what_its_trials_run_and_freezes_that_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_freezes_last_what_it_has_imported_and_nothing_where_cuda_could_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: list[list[str]] = []
     monkeypatch.setattr("lab.trials.forkserver.set_forkserver_preload", asked.append)
     monkeypatch.setattr("lab.trials.forkserver.ensure_running", lambda: None)
     for name in (*NOT_DEFAULT, "PYTORCH_NVML_BASED_CUDA_CHECK", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, "1")
-    start_server([spec("a")], "cpu")
-    start_server([spec("a")], "cuda")
-    assert asked == [[*PRELOAD, "lab.memory.trial", "lab.preloaded"], PRELOAD_FOR_CUDA]
+    start_server("cpu")
+    assert asked.pop()[-1] == "lab.preloaded"
+    start_server("cuda")
+    assert asked == [PRELOAD_FOR_CUDA]
     assert not set(NOT_DEFAULT) & set(os.environ)
 
 
