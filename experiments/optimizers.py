@@ -483,7 +483,7 @@ EXPERIMENT = Experiment(
                 "refuted": "Keep AdamW: save memory with LoRA, checkpointing or a smaller batch.",
                 "inconclusive": "Keep AdamW until a smaller optimizer, at a rate swept on your task, has kept the loss.",
             },
-            stated={"cpu": "conditional", "sim": "conditional"},
+            stated={"cpu": "conditional", "full": "conditional", "sim": "conditional"},
         ),
     ),
     plots=(
