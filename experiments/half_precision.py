@@ -447,8 +447,8 @@ EXPERIMENT = Experiment(
             },
             advice={
                 "supported": "Train in 16 bits, whichever way: it saves memory and costs no quality.",
-                "conditional": "Hold weights in bf16 and round by chance, or keep the rate where bf16 loses little (`tiny`: from "
-                "5e-4 on, in longer runs from 2e-4); autocast and fp32 copies save activations at most.",
+                "conditional": "Hold weights in bf16 and round by chance, or keep the rate where bf16 loses little (`tiny`: "
+                "2e-4 to 5e-4); autocast and fp32 copies save activations at most.",
                 "refuted": "Do not count on 16 bits: look to the batch, checkpointing or an adapter for memory.",
                 "inconclusive": "Hold weights in fp32 under bf16 autocast, and compare a short run in plain 16 bits before you "
                 "rely on it.",
