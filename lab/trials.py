@@ -134,7 +134,6 @@ def run_trials(
     """
     if not plan:
         return []
-    start_server(device)
     origin = Origin.now(workspace, templates(plan), threads, device)
     found: dict[str, Record] = {}
     pace = _Pace(threads)
@@ -147,6 +146,8 @@ def run_trials(
         found |= kept
         pending = [spec for spec in fresh if spec.name not in kept]
         pace.pending = list(pending)
+        if pending:
+            start_server(device)
         for record in kept.values():
             report(record, Progress(len(found), len(specs), pace.seconds_left()), True)
         for record in _run_all(pending, workspace, origin, deadline, lenient, shortfall):
