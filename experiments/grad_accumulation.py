@@ -2,7 +2,8 @@
 
 Claim     grad-accumulation-equals-large-batch (lecture 4)
 Refuted   if after UPDATES updates the parameters of the two are further apart than TOLERANCE, in either length regime
-Control   averaging the micro-batch means (the old fault of many trainers) must be told apart on ragged lengths
+Control   averaging the micro-batch means (the old fault of many trainers) must be told apart on ragged lengths; the
+          large batch held against itself
 Run       lab run grad_accumulation --profile cpu
 """
 
@@ -161,6 +162,11 @@ def mean_of_means_control(evidence: Evidence) -> Evidence:
     return evidence
 
 
+def no_distance(evidence: Evidence) -> Evidence:
+    """The large batch held against itself."""
+    return evidence.with_figures(lambda _: {"distance": 0.0})
+
+
 def distance_lines(evidence: Evidence) -> dict[str, Line]:
     """Distance over updates on ragged lengths, right and with the fault."""
     lines = {}
@@ -191,7 +197,10 @@ EXPERIMENT = Experiment(
             + ", fixed and ragged lengths",
             scope="tiny, SGD, transformers Trainer, which weighs every token of the batch alike; AdamW beside it",
             judge=judge,
-            controls={"mean of means": Control(mean_of_means_control, "conditional")},
+            controls={
+                "mean of means": Control(mean_of_means_control, "conditional"),
+                "the large batch itself": Control(no_distance, "supported"),
+            },
             advice={
                 "supported": "Accumulate freely with a current Trainer: fewer activations, the same update to rounding.",
                 "conditional": "Accumulate where the update is the same; elsewhere compare a few updates first.",

@@ -359,7 +359,6 @@ def full_precision(evidence: Evidence) -> Evidence:
 
 def untrained(evidence: Evidence) -> Evidence:
     """Every way ends with the loss that it began with: its updates are lost."""
-    evidence.select("train-fp32")  # without trainings the control was not run
 
     def lost(record: Record) -> Record:
         if record.spec.arm not in {f"train-{way}" for way in JUDGED}:
@@ -442,7 +441,7 @@ EXPERIMENT = Experiment(
             judge=judge,
             controls={
                 "fp32 as every way": Control(full_precision, "refuted"),
-                "every update lost": Control(untrained, "refuted"),
+                "every update lost": Control(untrained, "refuted", ("train-fp32",)),
                 "nothing to find fault with": Control(flawless, "supported"),
             },
             advice={

@@ -223,7 +223,7 @@ EXPERIMENT = Experiment(
                 "refuted": "Keep a copy of the files with their hashes: here a pin does not give the same bytes again.",
                 "inconclusive": "Pin the full commit hash all the same, and keep hashes of the files that you use.",
             },
-            stated={"cpu": "conditional"},
+            stated={"cpu": "conditional", "full": "conditional"},
         ),
     ),
     plots=(

@@ -258,7 +258,7 @@ EXPERIMENT = Experiment(
                 "refuted": "Count on the data's own bytes in memory; take shards that fit.",
                 "inconclusive": "Leave data on the disk, and watch the private memory of a short run before you start a long one.",
             },
-            stated={"cpu": "conditional"},
+            stated={"cpu": "conditional", "full": "conditional"},
         ),
     ),
     plots=(

@@ -2,7 +2,8 @@
 
 Claims    weights-bytes, gradients-equal-weights, adamw-12-bytes, batch-and-length-drive-activations (lecture 2)
 Refuted   if a rule is off by more than TOLERANCE in every regime; conditional if it holds in some regimes only
-Control   an untied copy of the embedding, a LoRA gradient, an optimizer without master weights, a flat activation curve
+Control   an untied copy of the embedding, a LoRA gradient, an optimizer without master weights, a flat activation curve;
+          records of a model that keeps every rule
 Run       lab run memory_formulas --profile cpu
 
 The numbers are counts, not draws: every live tensor storage, once each, to the byte. Their interval is therefore the
@@ -89,6 +90,26 @@ def trials(params: Params, profile: Profile) -> list[TrialSpec]:
     if params.real_scale:
         add_all(params.real_scale, sim=True)
     return specs
+
+
+# The known answer -----------------------------------------------------------------------------------------------
+
+
+def by_every_rule(evidence: Evidence) -> Evidence:
+    """Records of a model of one parameter that keeps every rule; each token adds a byte of activations and one of logits."""
+
+    def figures(record: Record) -> dict[str, float]:
+        weights = PROMISED_BYTES.get(record.setting("precision"), 4)
+        tokens = record.setting("batch") * record.setting("length")
+        return {
+            **dict.fromkeys(("parameters_total", "parameters_trainable", "vocabulary"), 1.0),
+            **dict.fromkeys(("weights_bytes", "gradients_bytes", "gradients_between_bytes"), weights),
+            **dict.fromkeys(("gradients_after_bytes", "step_temporary_bytes"), 0.0),
+            "optimizer_state_bytes": 12.0,
+            **dict.fromkeys(("activations_bytes", "logits_bytes"), tokens),
+        }
+
+    return evidence.with_figures(figures)
 
 
 # weights-bytes --------------------------------------------------------------------------------------------------
@@ -236,7 +257,10 @@ EXPERIMENT = Experiment(
             threshold=f"within {TOLERANCE:.0%} of the promise for every model and precision",
             scope="bytes held by weights and buffers after loading, ties counted once; span over models",
             judge=judge_weights,
-            controls={"ties counted twice": Control(untied_control, "refuted")},
+            controls={
+                "ties counted twice": Control(untied_control, "refuted"),
+                "bytes by the rule": Control(by_every_rule, "supported", ("weights", "quantised")),
+            },
             advice={
                 "supported": "Multiply parameters by 4 (fp32) or 2 (bf16, fp16); 4-bit models keep a 16-bit embedding.",
                 "refuted": "Count the bytes of your model; the rule does not hold for it.",
@@ -253,7 +277,10 @@ EXPERIMENT = Experiment(
             threshold=f"within {TOLERANCE:.0%} of the weights, in every regime",
             scope="full fine-tuning in fp32, bf16, bf16 with master weights and autocast, and LoRA",
             judge=judge_gradients,
-            controls={"LoRA as full fine-tuning": Control(adapter_control, "refuted")},
+            controls={
+                "LoRA as full fine-tuning": Control(adapter_control, "refuted"),
+                "bytes by the rule": Control(by_every_rule, "supported", (*REGIMES, "lora", "accumulating")),
+            },
             advice={
                 "supported": "Reserve the weights' bytes once more for gradients.",
                 "conditional": "Reserve the weights' bytes once more for full fine-tuning; for LoRA only the adapter's.",
@@ -270,7 +297,10 @@ EXPERIMENT = Experiment(
             threshold=f"within {TOLERANCE:.0%} of 12 bytes in every regime",
             scope="bytes that the optimizer holds per trainable parameter: moments and master copy; temporaries apart",
             judge=judge_adamw,
-            controls={"no master weights": Control(no_master_control, "refuted")},
+            controls={
+                "no master weights": Control(no_master_control, "refuted"),
+                "bytes by the rule": Control(by_every_rule, "supported", (*REGIMES, "step")),
+            },
             advice={
                 "supported": "Reserve 12 bytes per trainable parameter for AdamW.",
                 "conditional": "Reserve 12 bytes with fp32 master weights, 8 with fp32 or autocast, 4 in pure bf16.",
@@ -287,7 +317,12 @@ EXPERIMENT = Experiment(
             threshold=f"the 95 % interval of each exponent lies at or above {LEAST_EXPONENT}",
             scope="activations and logits alive at the end of the forward pass, eager and fused attention; fp32, sim tier bf16",
             judge=judge_activations,
-            controls={"a ledger blind to activations": Control(flat_control, "refuted")},
+            controls={
+                "a ledger blind to activations": Control(flat_control, "refuted"),
+                "as much for every token": Control(
+                    by_every_rule, "supported", ("over-batch", "over-length", "wide-vocabulary")
+                ),
+            },
             advice={
                 "supported": "Halve the batch to halve activations; for long texts use fused attention, eager grows faster.",
                 "refuted": "Look for what else fills the memory before you shrink the batch.",

@@ -2,7 +2,7 @@
 
 Claims    model-size-limit, qlora-fits-where-lora-does-not (lecture 4)
 Refuted   if a card loads every model; if QLoRA trains no larger model than LoRA on any card
-Control   the smallest model presented as all; LoRA presented as QLoRA
+Control   the smallest model presented as all; LoRA presented as QLoRA; a size that no card loads, that only QLoRA trains
 Run       lab run model_size --profile cpu
 
 Simulated peaks against cards: nothing is drawn. What a card of so many GB holds is said in lab/cards.py: the driver, the
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from lab.cards import DRIVER_SHARE, GIB, usable_bytes
@@ -234,6 +234,26 @@ def size_lines(evidence: Evidence) -> dict[str, Line]:
     return {way: Line(list(row), list(row.values())) for way, row in table.items()}
 
 
+# Known answer ---------------------------------------------------------------------------------------------------
+
+
+def two_sizes(evidence: Evidence) -> Evidence:
+    """Every model in two sizes, the smaller of which fits each card, the larger none but for QLoRA."""
+    presented = lora_control(evidence)  # on the same cards
+    return Evidence(r for size in (1, 2) for r in presented.with_figures(partial(_of_size, size)).records)
+
+
+def _arms(*prefixes: str) -> tuple[str, ...]:
+    return tuple(_arm(prefix, way) for prefix in prefixes for way in WAYS[prefix])
+
+
+def _of_size(size: int, record: Record) -> dict[str, float]:
+    fits = size == 1 or record.spec.arm == "trained-qlora"
+    needs = dict.fromkeys(("weights_bytes", "peak_bytes"), 0.0 if fits else math.inf)
+    tried = dict.fromkeys(("fits", "predicted_fits"), float(fits))
+    return {"parameters_base": size * 1e9, "beyond_device": 0.0, **needs, **tried}
+
+
 EXPERIMENT = Experiment(
     name=NAME,
     title="Model size",
@@ -248,7 +268,10 @@ EXPERIMENT = Experiment(
             threshold=f"on each card of {', '.join(map(str, CARDS))} GB, in 16 and in 4 bits, a model of up to 70B does not load",
             scope="weights alone; trained: one sequence, bf16, autocast, checkpointing, AdamW; steps between bundled models",
             judge=judge_limit,
-            controls={"the smallest model as every one": Control(smallest_control, "refuted")},
+            controls={
+                "the smallest model as every one": Control(smallest_control, "refuted"),
+                "a size that no card loads": Control(two_sizes, "supported", _arms("loaded", "trained")),
+            },
             advice={
                 "supported": "Look at the weights first: what does not load cannot be trained by any method.",
                 "conditional": "Load in 4 bits before you rent a larger card: 48 GB hold a model of 70B then.",
@@ -265,7 +288,10 @@ EXPERIMENT = Experiment(
             threshold=f"on each card of {', '.join(map(str, CARDS))} GB QLoRA trains a larger model than LoRA",
             scope="one sequence, bf16, autocast, checkpointing, AdamW, LoRA on all linear layers; steps between models",
             judge=judge_qlora,
-            controls={"LoRA as QLoRA": Control(lora_control, "refuted")},
+            controls={
+                "LoRA as QLoRA": Control(lora_control, "refuted"),
+                "a size that only QLoRA trains": Control(two_sizes, "supported", _arms("trained")),
+            },
             advice={
                 "supported": "Quantise the base when LoRA does not fit: the same card takes a model two to four times larger.",
                 "conditional": "Try QLoRA when LoRA does not fit, but ask `lab fit`: not every card gains a size.",

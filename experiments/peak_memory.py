@@ -233,8 +233,8 @@ def _setup(record: Record) -> str:
 
 
 def forget_optimizer(evidence: Evidence) -> Evidence:
-    """The optimizer's state is booked as something else."""
-    return _moved(evidence, ("optimizer",), "other")
+    """Everything is counted but the optimizer's state, which is booked as something else."""
+    return _moved(count_everything(evidence), ("optimizer",), "other")
 
 
 def no_parts(evidence: Evidence) -> Evidence:

@@ -2,7 +2,7 @@
 
 Claims    peft-trains-few-parameters, peft-saves-memory (lecture 3)
 Refuted   if more than SMALL_SHARE is trained or the closed form is wrong; if no method saves LEAST_SAVING anywhere
-Control   full fine-tuning presented as each method
+Control   full fine-tuning presented as each method; the same with a hundredth of its parameters and bytes
 Run       lab run peft_cost --profile cpu
 
 Counts, not draws: the intervals are spans over models, ranks, methods, or points of batch and length.
@@ -10,6 +10,7 @@ Counts, not draws: the intervals are spans over models, ranks, methods, or point
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise, product
 
 from lab.claims import Claim, Control, Evidence, Experiment, Finding, VerdictName, over_regimes
@@ -225,6 +226,26 @@ def saving_lines(evidence: Evidence) -> dict[str, Line]:
     return lines
 
 
+# Known answer ---------------------------------------------------------------------------------------------------
+
+
+AMOUNTS = (
+    *(f"parameters_{kind}" for kind in ("trainable", "closed_form", "stored")),
+    *(f"peak_{phase}_bytes" for phase in PHASES),
+    "steady_bytes",
+)
+
+
+def a_hundredth(presented: Callable[[Evidence], Evidence]) -> Callable[[Evidence], Evidence]:
+    """A control: full fine-tuning presented as every method, which then trains and takes a hundredth of it."""
+
+    def changed(record: Record) -> dict[str, float]:
+        amount = 100.0 if record.spec.arm.endswith("-full") else 1.0
+        return {"parameters_base": 100.0, **dict.fromkeys(AMOUNTS, amount)}
+
+    return lambda evidence: presented(evidence).with_figures(changed)
+
+
 EXPERIMENT = Experiment(
     name=NAME,
     title="What parameter-efficient methods cost",
@@ -239,7 +260,10 @@ EXPERIMENT = Experiment(
             threshold=f"at most {SMALL_SHARE:.0%} of the base's parameters, and exactly as many as the closed form says",
             scope="every method with its defaults, LoRA and its kin on all linear layers; count, no draw: span over all",
             judge=judge_few,
-            controls={"full fine-tuning as every method": Control(full_counts, "refuted")},
+            controls={
+                "full fine-tuning as every method": Control(full_counts, "refuted"),
+                "a hundredth of it as every method": Control(a_hundredth(full_counts), "supported"),
+            },
             advice={
                 "supported": "Expect an adapter of a few per cent of the model at most, whatever the method.",
                 "conditional": "Count on a small share from 100M parameters on; P-Tuning's encoder and high ranks are larger.",
@@ -256,7 +280,10 @@ EXPERIMENT = Experiment(
             threshold=f"at least {LEAST_SAVING:.0%} of full fine-tuning's peak, for every method at every batch and length",
             scope="AdamW, no checkpointing; cpu: fp32, sim: bf16 under autocast; QLoRA: nf4; span over methods and points",
             judge=judge_memory,
-            controls={"full fine-tuning as every method": Control(full_memory, "refuted")},
+            controls={
+                "full fine-tuning as every method": Control(full_memory, "refuted"),
+                "a hundredth of it as every method": Control(a_hundredth(full_memory), "supported"),
+            },
             advice={
                 "supported": "Switch to LoRA when full fine-tuning does not fit.",
                 "conditional": "Switch to LoRA to save gradients and optimizer state; against activations use a "

@@ -369,7 +369,7 @@ EXPERIMENT = Experiment(
                 "refuted": "Try random weights too: this base saves less than half of the updates on any task.",
                 "inconclusive": "Start from pretrained weights, unless a short run from random ones comes as far.",
             },
-            stated={"cpu": "conditional"},
+            stated={"cpu": "conditional", "full": "conditional"},
         ),
     ),
     plots=(

@@ -241,7 +241,7 @@ EXPERIMENT = Experiment(
                 "refuted": "Do not count on trl's trainers as they are: check on held-out rows that your objective moves.",
                 "inconclusive": "Run the trainer for some updates, and measure your objective on held-out rows before and after.",
             },
-            stated={"cpu": "conditional"},
+            stated={"cpu": "conditional", "full": "conditional"},
         ),
     ),
     plots=(

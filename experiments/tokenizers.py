@@ -242,7 +242,7 @@ EXPERIMENT = Experiment(
                 "refuted": "Another tokenizer of similar size does here: compare bits per byte before you keep the model's own.",
                 "inconclusive": "Keep the model's own tokenizer, and count the tokens of your language before you plan.",
             },
-            stated={"cpu": "supported"},
+            stated={"cpu": "supported", "full": "supported"},
         ),
     ),
     plots=(

@@ -163,6 +163,8 @@ class Control:
 
     change: Callable[[Evidence], Evidence]
     gives: VerdictName | tuple[VerdictName, ...]
+    needs: tuple[str, ...] = ()
+    """Arms without whose records it is `not run`; `change` may ask for others."""
 
     @property
     def given(self) -> tuple[VerdictName, ...]:
@@ -357,7 +359,7 @@ def _advice(claim: Claim, verdict: VerdictName) -> str:
 
 def judge_controls(claim: Claim, evidence: Evidence) -> dict[str, VerdictName]:
     """What the claim's judge says of each of its controls; `not run` where a control's own records are missing."""
-    return {name: _find(claim, evidence, each.change).verdict for name, each in claim.controls.items()}
+    return {name: _find(claim, evidence, control).verdict for name, control in claim.controls.items()}
 
 
 def distrust(claim: Claim, verdict: VerdictName, answers: Mapping[str, VerdictName]) -> str:
@@ -378,11 +380,13 @@ def distrust(claim: Claim, verdict: VerdictName, answers: Mapping[str, VerdictNa
     return ""
 
 
-def _find(claim: Claim, evidence: Evidence, change: Callable[[Evidence], Evidence] | None = None) -> Finding:
-    """Judge the evidence, or a control's `change` of it; evidence that is missing or odd is a finding and no crash."""
-    if change is not None:
+def _find(claim: Claim, evidence: Evidence, control: Control | None = None) -> Finding:
+    """Judge the evidence, or what a control makes of it; evidence that is missing or odd is a finding and no crash."""
+    if control is not None:
         try:
-            evidence = change(evidence)
+            for arm in control.needs:
+                evidence.select(arm)
+            evidence = control.change(evidence)
         except UNFIT as error:
             return _no_finding("not run", _reason(error))
     try:

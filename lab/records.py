@@ -256,7 +256,7 @@ def files_fingerprint(folder: Path, files: Iterable[Path]) -> str:
 
 # Provenance -----------------------------------------------------------------------------------------------------
 
-_NOT_SOURCE = ("results/", "dvc.lock", "README.md")
+_NOT_SOURCE = ("results/", "dvc.lock", "README.md", "FINDINGS.md")
 """What a study writes itself, or what cannot change a number: not a reason to call the tree dirty."""
 
 

@@ -8,6 +8,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from lab import records
 from lab.claims import (
+    DECIDED,
     Cell,
     Claim,
     Control,
@@ -27,6 +29,7 @@ from lab.claims import (
     Verdict,
     VerdictName,
     discover,
+    distrust,
     in_words,
     judge,
 )
@@ -211,6 +214,12 @@ def test_a_control_whose_records_are_missing_does_not_count_where_another_fault_
     elsewhere = Control(lambda evidence: evidence.replace("real", by="of another tier"), "refuted")
     verdict = judged([*GOOD, *FAULTS], replace(CLAIM, controls={"elsewhere": elsewhere, "a planted fault": FAULT}))
     assert (verdict.verdict, verdict.control) == ("supported", "elsewhere: not run, a planted fault: refuted")
+
+
+def test_a_control_without_the_arms_that_it_needs_was_not_run() -> None:
+    needy = Control(known, "supported", needs=("real", "of another tier"))
+    verdict = judged([*GOOD, *FAULTS], replace(CLAIM, controls={"a known answer": needy, "a planted fault": FAULT}))
+    assert (verdict.verdict, verdict.control) == ("supported", "a known answer: not run, a planted fault: refuted")
 
 
 def test_a_verdict_that_every_control_gives_too_does_not_stand() -> None:
@@ -406,6 +415,17 @@ def test_every_claim_says_before_its_evidence_what_would_refute_it(experiment: E
     assert claim.scope
     assert claim.tiers
     assert set(claim.stated) <= {"cpu", "full", "gpu", "sim"}
+
+
+@CLAIMS
+def test_each_verdict_that_a_claim_can_reach_can_stand_beside_its_controls(
+    experiment: Experiment, claim: Claim
+) -> None:
+    answers = [
+        dict(zip(claim.controls, row, strict=True)) for row in product(*(c.given for c in claim.controls.values()))
+    ]
+    for name in set(DECIDED) & reachable_verdicts(claim.judge):
+        assert "" in {distrust(claim, name, given) for given in answers}, f"{name} cannot stand: {answers}"
 
 
 # Part of the evidence -------------------------------------------------------------------------------------------

@@ -117,10 +117,12 @@ def test_the_written_verdicts_are_those_of_the_records(study: Study) -> None:
     )
 
 
-def test_the_readme_shows_the_verdicts_of_the_default_profile() -> None:
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    missing = [row for row in map(markdown_row, Study.load("cpu", ROOT).verdicts) if row not in lines]
-    assert not missing, "README.md lacks rows. Print them: lab verdicts --profile cpu --markdown\n" + "\n".join(missing)
+@pytest.mark.parametrize(("page", "profile"), [("README.md", "cpu"), ("FINDINGS.md", "full")])
+def test_the_pages_show_the_verdicts_of_their_profile(page: str, profile: str) -> None:
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    missing = [row for row in map(markdown_row, Study.load(profile, ROOT).verdicts) if row not in lines]
+    rows = "\n".join(missing)
+    assert not missing, f"{page} lacks rows. Print them: lab verdicts --profile {profile} --markdown\n{rows}"
 
 
 def test_the_readme_shows_the_methods_side_by_side() -> None:
@@ -150,18 +152,20 @@ def test_the_readme_shows_the_methods_on_smollm2() -> None:
         assert row in readme, f"README.md has no row '{row}'"
 
 
-def test_the_readme_shows_every_optimizer_that_runs() -> None:
+def test_the_findings_show_every_optimizer_that_runs() -> None:
     evidence = Evidence(in_tier(Study.load("cpu", ROOT).evidence("optimizers")[0], "cpu"))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    findings = (ROOT / "FINDINGS.md").read_text(encoding="utf-8")
     lines = optimizer_table(evidence)
-    assert "\n" + "\n".join(lines) + "\n\n" in readme, "README.md's table of optimizers should be:\n" + "\n".join(lines)
+    assert "\n" + "\n".join(lines) + "\n\n" in findings, "FINDINGS.md's table of optimizers should be:\n" + "\n".join(
+        lines
+    )
 
 
-def test_the_readme_shows_every_number_of_worked_examples() -> None:
+def test_the_findings_show_every_number_of_worked_examples() -> None:
     lines = in_context_table(Evidence(Study.load("cpu", ROOT).evidence("in_context")[0]))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    findings = (ROOT / "FINDINGS.md").read_text(encoding="utf-8")
     table = "\n".join(lines)
-    assert "\n" + table + "\n\n" in readme, f"README.md's table of worked examples should be:\n{table}"
+    assert "\n" + table + "\n\n" in findings, f"FINDINGS.md's table of worked examples should be:\n{table}"
 
 
 def test_the_readme_shows_every_peak_that_was_measured_and_predicted() -> None:

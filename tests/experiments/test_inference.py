@@ -183,7 +183,7 @@ def test_outputs_that_differ_decide_nothing(figure: str) -> None:
 
 
 def test_tokens_read_together_are_not_decoded_one_by_one() -> None:
-    changed = inference.at_no_need(Evidence(records(few=False)))
+    changed = inference._changed(inference._without_need)(Evidence(records(few=False)))
     cells = inference._decode_cells(changed)
     assert {cell.answer for cell in cells} == {"no"}
     assert len(cells) == 4

@@ -6,7 +6,7 @@ import pytest
 
 from experiments import model_size
 from experiments.model_size import CARDS
-from lab.claims import Claim, Evidence, Verdict, judge
+from lab.claims import Claim, Evidence, Tier, Verdict, in_tier, judge, judge_controls
 from lab.records import Record
 from lab.specs import Limit, TrialSpec
 from lab.study import Study
@@ -65,7 +65,7 @@ def test_on_a_device_what_loads_is_said_by_card() -> None:
     assert "16 bits: 1B on 8 GB, 8B on 48 GB; 4 bits: 8B on 8 GB, 70B on 48 GB" in said.because
     assert "full: none on 8 GB, 1B on 48 GB" in said.because
     assert said.because.endswith("; 10 of 10 boundaries lie where they were predicted")
-    assert said.control == "the smallest model as every one: refuted"
+    assert said.control == "the smallest model as every one: refuted, a size that no card loads: supported"
 
 
 def test_where_no_card_loads_the_largest_the_claim_holds_and_the_prediction_is_said_to_be_wrong() -> None:
@@ -80,7 +80,7 @@ def test_qlora_is_held_against_lora_on_each_card() -> None:
     assert said.verdict == "supported"
     assert (said.low, said.high, said.n) == (4.0, 8.0, 2)
     assert said.because.endswith("; 6 of 6 boundaries lie where they were predicted")
-    assert said.control == "LoRA as QLoRA: refuted"
+    assert said.control == "LoRA as QLoRA: refuted, a size that only QLoRA trains: supported"
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,60 @@ def test_a_card_that_the_device_cannot_stand_for_is_left_out(claim: Claim) -> No
     said = verdict(claim, records(small))
     assert said.verdict == "supported"
     assert "48 GB" not in said.because
+
+
+# A claim that does not hold ------------------------------------------------------------------------------------------
+
+
+def all_of(prefix: str, fits: bool) -> dict[tuple[str, int, str], bool | None]:
+    """Every model of the ways that begin so is found to fit, or not to."""
+    return {
+        (arm, card, model): fits
+        for arm, cards in PREDICTED.items()
+        if arm.startswith(prefix)
+        for card, models in cards.items()
+        for model in models
+    }
+
+
+@pytest.mark.parametrize(
+    ("claim", "found"),
+    [(LOADS, all_of("loaded", True)), (QLORA, all_of("trained-qlora", False))],
+    ids=["every model loads", "QLoRA trains none"],
+)
+def test_evidence_against_a_claim_refutes_it(claim: Claim, found: dict[tuple[str, int, str], bool | None]) -> None:
+    said = verdict(claim, records(found))
+    assert said.verdict == "refuted", said.because
+    assert said.control.endswith(": supported")
+
+
+@pytest.mark.parametrize("tier", ["sim", "gpu"])
+@pytest.mark.parametrize("claim", [LOADS, QLORA], ids=lambda claim: claim.id)
+def test_a_planted_fault_that_is_the_evidence_refutes_the_claim(claim: Claim, tier: Tier) -> None:
+    simulated = Study.load("cpu", ROOT).evidence("model_size")[0]
+    fault, _ = claim.controls.values()
+    planted = fault.change(Evidence(simulated if tier == "sim" else records())).records
+    said = judge(model_size.EXPERIMENT, claim, "gpu", tier, planted, len(planted))
+    assert said.verdict == "refuted", said.because
+    assert said.control.endswith(": supported")
+
+
+@pytest.mark.parametrize(("profile", "tier"), [("smoke", "sim"), ("cpu", "sim"), ("full", "sim"), ("gpu", "gpu")])
+@pytest.mark.parametrize("claim", [LOADS, QLORA], ids=lambda claim: claim.id)
+def test_the_known_answer_needs_no_figure_that_was_measured(claim: Claim, profile: str, tier: Tier) -> None:
+    plan = [spec for spec in Study.load(profile, ROOT).plan(model_size.EXPERIMENT) if isinstance(spec, TrialSpec)]
+    nothing = Evidence(in_tier([make_record(spec, figures={}) for spec in plan], tier))
+    assert [*judge_controls(claim, nothing).values()][-1] == "supported"
+
+
+@pytest.mark.parametrize(
+    ("missing", "of_limit", "of_qlora"),
+    [("loaded-4-bits", "not run", "supported"), ("trained-full", "not run", "not run")],
+)
+def test_a_known_answer_whose_records_are_missing_was_not_run(missing: str, of_limit: str, of_qlora: str) -> None:
+    evidence = Evidence(r for r in records() if r.spec.arm != missing)
+    given = [[*judge_controls(claim, evidence).values()][-1] for claim in (LOADS, QLORA)]
+    assert given == [of_limit, of_qlora]
 
 
 # What is tried -------------------------------------------------------------------------------------------------------
