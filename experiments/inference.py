@@ -458,7 +458,7 @@ EXPERIMENT = Experiment(
                 "inconclusive": "Add the cache to the weights by its formula, and time some answers of your length before you "
                 "choose a card.",
             },
-            stated={"cpu": "conditional", "sim": "conditional"},
+            stated={"cpu": "conditional", "full": "conditional", "sim": "conditional"},
         ),
     ),
     plots=(

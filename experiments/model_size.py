@@ -293,7 +293,7 @@ EXPERIMENT = Experiment(
                 "a size that only QLoRA trains": Control(two_sizes, "supported", _arms("trained")),
             },
             advice={
-                "supported": "Quantise the base when LoRA does not fit: the same card takes a model two to four times larger.",
+                "supported": "Quantise the base when LoRA does not fit: the same card takes a model 1.6 to 4 times larger.",
                 "conditional": "Try QLoRA when LoRA does not fit, but ask `lab fit`: not every card gains a size.",
                 "refuted": "Do not quantise to make it fit: activations and logits decide.",
                 "inconclusive": "Ask `lab fit` for LoRA and for QLoRA on your card before you quantise.",

@@ -365,7 +365,8 @@ EXPERIMENT = Experiment(
             },
             advice={
                 "supported": "Start from pretrained weights: the same batches bring you to the same loss in half the updates.",
-                "conditional": "Choose a base that has read text like yours: where it has not, random weights are nearly as fast.",
+                "conditional": "Start from pretrained weights and compare a short run from random ones: on most tasks they save "
+                "updates, not on each.",
                 "refuted": "Try random weights too: this base saves less than half of the updates on any task.",
                 "inconclusive": "Start from pretrained weights, unless a short run from random ones comes as far.",
             },
