@@ -21,6 +21,9 @@ MARKER = 150
 MANY = 5
 """More labels than these stand beside the axes, where they cover no line."""
 
+COLOURS, STYLES = 10, ("-", "--", ":")
+"""So many lines have colours of their own; the next ones begin with the first colour again, in the next style."""
+
 DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7))
 """Where a label may stand from its point, the best first: across and up."""
 
@@ -74,8 +77,8 @@ def draw(plot: Plot, evidence: Evidence, path: Path) -> Path | None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for label, line in lines.items():
-        style = "-" if plot.joined else "none"
+    for place, (label, line) in enumerate(lines.items()):
+        style = STYLES[place // COLOURS % len(STYLES)] if plot.joined else "none"
         (drawn,) = axes.plot(line.x, line.y, marker="o", markersize=4, linestyle=style, label=label)
         if line.area is not None:
             areas = [MARKER * area for area in line.area]

@@ -37,7 +37,7 @@ from lab.errors import LabError
 from lab.memory.ledger import Parts
 from lab.memory.workload import PHASES
 from lab.params import Count, Profile, Section
-from lab.plots import Plot, draw
+from lab.plots import Line, Plot, draw
 from lab.records import Record
 from lab.specs import Adapters, InContext, Memory, Setup, Training, TrialSpec
 from lab.statistics import Interval
@@ -607,6 +607,17 @@ def test_a_plot_is_the_same_bytes_twice_and_absent_where_the_evidence_is_not_who
         except Exception:
             assert draw(plot, Evidence(part), tmp_path / "c") is None
     assert not (tmp_path / "c").exists()
+
+
+def test_lines_beyond_the_colours_are_dashed(tmp_path: Path) -> None:
+    def dashed(lines: int) -> int:
+        plot = Plot("many", "", "", "", lambda _: {f"line {n}": Line([0, 1], [0, n]) for n in range(lines)})
+        drawn = draw(plot, Evidence([]), tmp_path / f"{lines}.svg")
+        assert drawn is not None
+        return drawn.read_text(encoding="utf-8").count("stroke-dasharray")
+
+    assert dashed(10) == 0
+    assert dashed(12) == 4  # in the axes and in the legend
 
 
 # Committed evidence ---------------------------------------------------------------------------------------------
