@@ -8,6 +8,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -524,6 +525,11 @@ def made_up(spec: TrialSpec) -> Record:
     return make_record(spec, figures=figures, series=series, tags=tags)
 
 
+@cache
+def load(profile: str) -> Study:
+    return Study.load(profile, ROOT)
+
+
 def only_on_gpu(experiment: Experiment) -> bool:
     return all(claim.tiers == ("gpu",) for claim in experiment.claims)
 
@@ -533,7 +539,7 @@ def planned(experiment: Experiment, tier: Tier) -> list[TrialSpec]:
 
     What only a GPU can show is in no other profile than that of a GPU: its judge is tried on that plan.
     """
-    study, found = Study.load("gpu" if only_on_gpu(experiment) else "smoke", ROOT), []
+    study, found = load("gpu" if only_on_gpu(experiment) else "smoke"), []
     for read in (experiment, *map(REGISTRY.experiment, experiment.reads)):
         plan, records = study.plan(read), dict[str, Record]()
         while fresh := [spec for spec in expand(plan, records.values()) if spec.name not in records]:

@@ -154,7 +154,10 @@ def test_the_file_of_the_project_is_right_under_every_profile() -> None:
     ("text", "said"),
     [
         ("profile: [\n", r"params\.yaml is not YAML \(line 2, column 1\): .*\. Correct that line\."),
-        ("a: b: c\n", r"params\.yaml is not YAML \(line 1, column 5\): mapping values are not allowed here\."),
+        (
+            "a: b: c\n",
+            r"params\.yaml is not YAML \(line 1, column 5\): mapping values are not allowed in this context\.",
+        ),
         ("\tprofile: cpu\n", r"params\.yaml is not YAML \(line 1, column 1\): "),
         (b"profile: \xff\xfe\n", r"params\.yaml is not YAML: .*Correct that line"),
         ("- cpu\n", r"params\.yaml holds list, not a mapping of keys\. Restore it: git checkout params\.yaml"),
