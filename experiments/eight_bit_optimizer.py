@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from itertools import product
 
-from lab.claims import Claim, Control, Evidence, Experiment, Finding, VerdictName, over_regimes
+from lab.claims import Claim, Control, Evidence, Experiment, Finding, VerdictName
 from lab.params import Count, Profile, Rate, Section
 from lab.plots import Line, Plot
 from lab.records import Record
@@ -106,7 +106,7 @@ def judge_bytes(evidence: Evidence) -> Finding:
     holds = [
         [all(abs(v / 6 - 1) <= TOLERANCE for v in values) for values in where.values()] for where in counted.values()
     ]
-    verdict = "supported" if any(map(all, holds)) else over_regimes(any(way) for way in holds)
+    verdict: VerdictName = "supported" if any(map(all, holds)) else "conditional" if any(map(any, holds)) else "refuted"
     lora = [r.figure("optimizer_state_bytes") / r.figure("parameters_trainable") for r in evidence.select("lora")]
     because = (
         "; ".join(f"{w}, {name} {span(v).estimate:.2f}" for w, where in counted.items() for name, v in where.items())

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 
 from experiments.eight_bit_optimizer import EXPERIMENT
-from lab.claims import Claim, Evidence, MissingEvidence, Tier, Verdict, in_tier, judge, judge_controls
+from lab.claims import Claim, Evidence, Tier, in_tier, judge
 from lab.records import Record
 from lab.specs import TrialSpec
-from lab.study import Study
-from tests.conftest import ROOT
-from tests.test_records import make_record
+from tests.experiments import known_answers
 
 
 def measured(spec: TrialSpec) -> dict[str, float]:
@@ -29,58 +27,37 @@ def measured(spec: TrialSpec) -> dict[str, float]:
     }
 
 
-def planned(profile: str) -> list[Record]:
-    study = Study.load(profile, ROOT)
-    specs = study.planned(study.registry.experiment(EXPERIMENT.name))
-    return [make_record(spec, figures=measured(spec)) for spec in specs]
-
-
-RECORDS = {profile: planned(profile) for profile in ("smoke", "cpu", "full")}
-EVERYWHERE = [
-    pytest.param(claim, tier, in_tier(found, tier), id=f"{claim.id}-{tier}-{profile}")
-    for claim in EXPERIMENT.claims
-    for profile, found in RECORDS.items()
-    for tier in claim.tiers
-    if tier != "gpu"
-]
-
-
-def verdict(claim: Claim, tier: Tier, found: list[Record]) -> Verdict:
-    return judge(EXPERIMENT, claim, "made-up", tier, found, len(found))
+EVERYWHERE = known_answers.everywhere(EXPERIMENT, measured)
 
 
 @pytest.mark.parametrize(("claim", "tier", "found"), EVERYWHERE)
 def test_a_claim_that_does_not_hold_is_refuted_and_then_a_control_says_otherwise(
     claim: Claim, tier: Tier, found: list[Record]
 ) -> None:
-    assert verdict(claim, tier, found).verdict == "supported"
-    fault, known = claim.controls
-    refuted = verdict(claim, tier, claim.controls[fault].change(Evidence(found)).records)
-    assert refuted.verdict == "refuted"
-    assert refuted.control == f"{fault}: refuted, {known}: supported"
+    known_answers.assert_its_fault_refutes(EXPERIMENT, claim, tier, found, "supported")
 
 
-def test_six_bytes_in_large_matrices_alone_are_a_condition() -> None:
-    claim, found = EXPERIMENT.claims[0], in_tier(RECORDS["cpu"], "cpu")
-    dear = Evidence(found).with_figures(lambda r: {"optimizer_state_bytes": 3 * r.figure("parameters_trainable")})
-    assert verdict(claim, "cpu", dear.records).verdict == "conditional"
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"optimizer_state_bytes": 900.0},  # 3 a parameter: six with the weights in large matrices alone
+        {"optimizer_state_bytes": 600.0, "state_large_bytes": 600.0},  # six in two ways, each in one place
+    ],
+)
+def test_six_bytes_in_one_place_alone_are_a_condition(state: dict[str, float]) -> None:
+    found = in_tier(known_answers.planned(EXPERIMENT, "cpu", measured), "cpu")
+    changed = Evidence(found).with_figures(lambda r: state if r.spec.arm in ("fp32", "lora") else {}).records
+    said = judge(EXPERIMENT, EXPERIMENT.claims[0], "made-up", "cpu", changed, len(changed))
+    assert said.verdict == "conditional"
 
 
 @pytest.mark.parametrize(("claim", "tier", "found"), EVERYWHERE)
 def test_the_known_answer_is_supported_whatever_was_measured(claim: Claim, tier: Tier, found: list[Record]) -> None:
-    nothing = Evidence(record.model_copy(update={"figures": {}}) for record in found)
-    assert [*judge_controls(claim, nothing).values()][-1] == "supported"
+    known_answers.assert_known_whatever_was_measured(claim, found)
 
 
 @pytest.mark.parametrize(("claim", "tier", "found"), EVERYWHERE)
 def test_the_known_answer_is_not_run_without_the_records_that_the_judge_needs(
     claim: Claim, tier: Tier, found: list[Record]
 ) -> None:
-    for arm in {record.spec.arm for record in found}:
-        without = Evidence(record for record in found if record.spec.arm != arm)
-        expected = "supported"
-        try:
-            claim.judge(without)
-        except MissingEvidence:
-            expected = "not run"
-        assert [*judge_controls(claim, without).values()][-1] == expected, arm
+    known_answers.assert_known_where_the_judge_can_work(claim, found)

@@ -7,14 +7,12 @@ from typing import Any
 import pytest
 
 from experiments.memory_formulas import EXPERIMENT, PROMISED_BYTES
-from lab.claims import Claim, Evidence, MissingEvidence, Tier, Verdict, in_tier, judge, judge_controls
+from lab.claims import Claim, Tier, VerdictName
 from lab.records import Record
 from lab.specs import TrialSpec
-from lab.study import Study
-from tests.conftest import ROOT
-from tests.test_records import make_record
+from tests.experiments import known_answers
 
-STATED = {"weights-bytes": "supported", "batch-and-length-drive-activations": "supported"}
+STATED: dict[str, VerdictName] = {"weights-bytes": "supported", "batch-and-length-drive-activations": "supported"}
 STATE_BYTES = {"bf16": 400.0, "bf16-master": 1200.0, "lora": 8.0}
 
 
@@ -38,24 +36,7 @@ def measured(spec: TrialSpec) -> dict[str, float]:
     }
 
 
-def planned(profile: str) -> list[Record]:
-    study = Study.load(profile, ROOT)
-    specs = study.planned(study.registry.experiment(EXPERIMENT.name))
-    return [make_record(spec, figures=measured(spec)) for spec in specs]
-
-
-RECORDS = {profile: planned(profile) for profile in ("smoke", "cpu", "full")}
-EVERYWHERE = [
-    pytest.param(claim, tier, in_tier(found, tier), id=f"{claim.id}-{tier}-{profile}")
-    for claim in EXPERIMENT.claims
-    for profile, found in RECORDS.items()
-    for tier in ("sim", "cpu")
-    if in_tier(found, tier)
-]
-
-
-def verdict(claim: Claim, tier: Tier, found: list[Record]) -> Verdict:
-    return judge(EXPERIMENT, claim, "made-up", tier, found, len(found))
+EVERYWHERE = known_answers.everywhere(EXPERIMENT, measured)
 
 
 def test_both_tiers_are_judged() -> None:
@@ -66,28 +47,17 @@ def test_both_tiers_are_judged() -> None:
 def test_a_rule_that_does_not_hold_is_refuted_and_then_a_control_supports(
     claim: Claim, tier: Tier, found: list[Record]
 ) -> None:
-    assert verdict(claim, tier, found).verdict == STATED.get(claim.id, "conditional")
-    fault, known = claim.controls
-    refuted = verdict(claim, tier, claim.controls[fault].change(Evidence(found)).records)
-    assert refuted.verdict == "refuted"
-    assert refuted.control == f"{fault}: refuted, {known}: supported"
+    stated = STATED.get(claim.id, "conditional")
+    known_answers.assert_its_fault_refutes(EXPERIMENT, claim, tier, found, stated)
 
 
 @pytest.mark.parametrize(("claim", "tier", "found"), EVERYWHERE)
 def test_the_known_answer_is_supported_whatever_was_measured(claim: Claim, tier: Tier, found: list[Record]) -> None:
-    nothing = Evidence(record.model_copy(update={"figures": {}}) for record in found)
-    assert [*judge_controls(claim, nothing).values()][-1] == "supported"
+    known_answers.assert_known_whatever_was_measured(claim, found)
 
 
 @pytest.mark.parametrize(("claim", "tier", "found"), EVERYWHERE)
 def test_the_known_answer_is_not_run_without_the_records_that_the_judge_needs(
     claim: Claim, tier: Tier, found: list[Record]
 ) -> None:
-    for arm in {record.spec.arm for record in found}:
-        without = Evidence(record for record in found if record.spec.arm != arm)
-        expected = "supported"
-        try:
-            claim.judge(without)
-        except MissingEvidence:
-            expected = "not run"
-        assert [*judge_controls(claim, without).values()][-1] == expected, arm
+    known_answers.assert_known_where_the_judge_can_work(claim, found)
