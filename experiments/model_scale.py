@@ -293,7 +293,7 @@ def as_large(evidence: Evidence) -> Evidence:
     """Every model takes the bytes of the largest."""
     largest = next(iter(family(evidence).values()))
     held = _mean(largest, "held_bytes")
-    return evidence.with_figures(lambda r: {"held_bytes": held} if r.status == "ok" else {})
+    return evidence.with_figures(lambda r: {"held_bytes": held})
 
 
 # Plots ----------------------------------------------------------------------------------------------------------

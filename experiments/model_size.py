@@ -91,7 +91,7 @@ def beside_the_boundary(models: tuple[str, ...], arm: str, length: int, card: in
 @cache
 def _parameters(model: str) -> int:
     from lab.memory.architecture import Architecture
-    from lab.planner import load_config
+    from lab.pricing import load_config
 
     return Architecture.of(load_config(model)).parameters()
 
@@ -99,7 +99,7 @@ def _parameters(model: str) -> int:
 @cache
 def _closed_form(model: str, arm: str, length: int) -> int:
     """Bytes of the weights, or of the peak, by arithmetic."""
-    from lab.planner import predict, read_spec
+    from lab.pricing import predict, read_spec
 
     spec: dict[str, Any] = {"model": model, "length": length, "dtype": "bf16"}
     way = arm.partition("-")[2]

@@ -167,7 +167,7 @@ def in_host_memory(evidence: Evidence) -> Evidence:
     nothing = {"parameters_away_bytes": 0.0, "written_bytes": 0.0, "swapped_bytes": 0.0}
 
     def change(record: Record) -> dict[str, float]:
-        if record.spec.arm != "paged" or record.status != "ok":
+        if record.spec.arm != "paged":
             return {}
         return {"displaced_bytes": record.figure("expected_state_bytes"), **nothing}
 

@@ -167,12 +167,12 @@ def _not_timed(pairs: dict[tuple[str, str], list[Record]]) -> str:
 
 def twice_the_time(evidence: Evidence) -> Evidence:
     """The lab's trainer as if it took twice as long."""
-    return evidence.with_figures(lambda r: {"ratio": 2 * r.figure("ratio")} if r.status == "ok" else {})
+    return evidence.with_figures(lambda r: {"ratio": 2 * r.figure("ratio")})
 
 
 def as_plain(evidence: Evidence) -> Evidence:
     """The plain Trainer presented as the lab's."""
-    return evidence.with_figures(lambda r: {"ratio": 1.0} if r.status == "ok" else {})
+    return evidence.with_figures(lambda r: {"ratio": 1.0})
 
 
 def recomputing(evidence: Evidence) -> Evidence:

@@ -72,9 +72,13 @@ class Evidence:
     def with_figures(self, change: Callable[[Record], Mapping[str, float | None]]) -> Evidence:
         """Evidence in which each record has the figures that `change` gives it beside or in place of its own.
 
-        For controls: a planted fault, or a known answer. A record for which `change` gives {} stays as it is.
+        For controls: a planted fault, or a known answer. A record for which `change` gives {} stays as it is, and so does
+        that of a trial that did not succeed: `change` is not asked.
         """
-        return Evidence(r.model_copy(update={"figures": {**r.figures, **change(r)}}) for r in self.records)
+        return Evidence(
+            r.model_copy(update={"figures": {**r.figures, **change(r)}}) if r.status == "ok" else r
+            for r in self.records
+        )
 
     @property
     def unsuccessful(self) -> list[Record]:

@@ -94,9 +94,10 @@ def study(
 @app.command()
 def run(experiment: str, profile: ProfileOption = None) -> None:
     """Run the trials of one experiment that have no valid record yet. A DVC stage."""
+    from lab.processes import start_server
     from lab.progress import Reporter, warn
     from lab.records import check_writable, write_text
-    from lab.trials import run_trials, start_server, study_lock
+    from lab.trials import run_trials, study_lock
 
     chosen = _study(profile)
     chosen.registry.experiment(experiment)

@@ -1,4 +1,5 @@
-"""`lab fit`: will it fit? The command, and how its answer looks. What is said is worked out in `lab.planner`.
+"""`lab fit`: will it fit? The command, and how its answer looks. What is said is worked out in `lab.pricing`,
+`lab.planner` and `lab.remedies`.
 
 Imported for every `lab ... --help`, so that nothing but typer may be imported at the top.
 """
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lab.memory.workload import Workload
-    from lab.planner import Answer, Cell, Rung
+    from lab.planner import Answer, Cell
+    from lab.remedies import Rung
 
 GIB = 2**30
 LISTS = ("models", "methods", "optimizers", "gpus")
@@ -109,10 +111,10 @@ def fit(
         found = f"{len(names)} models are given: {', '.join(names)}" if names else "no model is given"
         raise LabError(f"{found}. Give one: lab fit MODEL. See lab fit --list models.")
 
-    from lab import planner
+    from lab import planner, pricing
     from lab.snippet import snippet as training_code
 
-    workload = planner.read_spec({**asked, "model": names[0]})
+    workload = pricing.read_spec({**asked, "model": names[0]})
     if sweep is not None:
         ranges = planner.read_ranges([*sweep, *(word for word in model or () if "=" in word)], workload)
         return _sweep(names[0], workload, ranges, quick, as_json, plot)
@@ -153,13 +155,13 @@ def _stream(source: str, quick: bool) -> None:
 
 def _reply(number: int, line: bytes, quick: bool) -> dict[str, Any]:
     """The answer to one line of the stream."""
-    from lab import planner
+    from lab import planner, pricing
 
     identity = None
     try:
         spec = _parse_line(number, line)
         identity = spec.get("id")
-        return {"id": identity, **planner.answer(planner.read_spec(spec), quick, confirm=False).as_dict()}
+        return {"id": identity, **planner.answer(pricing.read_spec(spec), quick, confirm=False).as_dict()}
     except LabError as error:
         message = str(error)
     except Exception as error:  # whatever it is, the stream goes on
@@ -283,7 +285,7 @@ def _limits(answer: Answer) -> str:
 
 
 def _print_ladder(console: Console, answer: Answer) -> None:
-    from lab.planner import ladder
+    from lab.remedies import ladder
 
     console.print("\nWhat would make it fit, cheapest first, each on top of those before:")
     rungs = 0
@@ -318,7 +320,7 @@ def _print_list(what: str, as_json: bool) -> None:
 
 def _rows(what: str) -> Iterator[dict[str, Any]]:
     """What `--list` tells, a dictionary for each line."""
-    from lab import planner
+    from lab import pricing
     from lab.cards import GPUS
     from lab.memory.architecture import Architecture
     from lab.memory.workload import OPTIMIZERS
@@ -326,14 +328,14 @@ def _rows(what: str) -> Iterator[dict[str, Any]]:
 
     match what:
         case "models":
-            found = {name: Architecture.of(planner.load_config(name)) for name in shapes()}
+            found = {name: Architecture.of(pricing.load_config(name)) for name in shapes()}
             for name, shape in sorted(found.items(), key=lambda entry: entry[1].parameters()):
                 yield {"name": name, "parameters": shape.parameters(), "kind": shape.kind}
         case "gpus":
             for gpu in GPUS.values():
                 yield {"name": gpu.name, "total_bytes": gpu.total_bytes, "family": gpu.family}
         case _:
-            for name in planner.methods() if what == "methods" else OPTIMIZERS:
+            for name in pricing.methods() if what == "methods" else OPTIMIZERS:
                 yield {"name": name}
 
 

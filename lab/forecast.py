@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from lab import planner
+from lab import pricing
 from lab.cards import GIB, find_gpu, peak_flops, usable_bytes
 from lab.device import Card
 from lab.errors import LabError
@@ -150,9 +150,9 @@ class Forecast:
         workload = workload_of(_simulation(run), config).model_copy(update={"gpu": self._gpu})
         master = 0
         try:
-            found, quick = planner.predict(workload, quick=True), True
+            found, quick = pricing.predict(workload, quick=True), True
         except LabError:
-            found, quick = planner.predict(workload), False
+            found, quick = pricing.predict(workload), False
         if run.precision == "bf16-master":
             master = MASTER_BYTES * found.parameters["trainable"]
         return Peak(found.peak_bytes + master, quick)
@@ -167,7 +167,7 @@ class Forecast:
             inference=True,
         )
         beside = self._held(run) if run.method != "full" or run.quantisation else 0
-        return Peak(planner.predict(workload).peak_bytes + beside, quick=True)
+        return Peak(pricing.predict(workload).peak_bytes + beside, quick=True)
 
     def _held(self, run: Training | Setup) -> int:
         """The weights of the base alone, as the run holds them."""
@@ -178,7 +178,7 @@ class Forecast:
                 **{"quantisation": held_as or None, "double_quantisation": bool(double), "length": 1},
             }
         )
-        return planner.predict(workload).parts["weights"]
+        return pricing.predict(workload).parts["weights"]
 
     @cached_property
     def _gpu(self) -> str | None:
@@ -195,7 +195,7 @@ class Forecast:
 
             found: dict[str, Any] = tiny_recipe(self.profile, self.workspace).config(0, 0).to_dict()
             return found
-        return planner.load_config(str(path))
+        return pricing.load_config(str(path))
 
     # Time -------------------------------------------------------------------------------------------------------
 

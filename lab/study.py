@@ -21,12 +21,12 @@ from lab import device, records
 from lab.claims import Evidence, Experiment, Registry, Tier, Verdict, discover, in_tier, judge
 from lab.device import Card
 from lab.errors import LabError
+from lab.origin import shape_fingerprint
 from lab.params import Params, Profile, load_params
 from lab.plots import Plot
 from lab.records import Record
 from lab.specs import Plan, Setup, Sweep, Training, TrialSpec, templates
 from lab.sweeps import expand
-from lab.trials import shape_fingerprint
 from lab.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -5,69 +5,23 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
-import json
-import logging
 import math
-import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from lab import records
-from lab.device import LIMIT, limit_allocator, limit_gib, size_bytes
 from lab.errors import LabError
-from lab.grouped_queries import count_grouped_queries
-from lab.models import shapes
-from lab.records import Provenance, Record, Status
-from lab.specs import Plan, Simulation, TrialSpec, templates
+from lab.origin import Origin
+from lab.processes import Running, start_server, start_trial
+from lab.records import Record
+from lab.specs import Plan, TrialSpec, templates
 from lab.sweeps import expand
 from lab.workspace import Workspace
-
-PRELOAD = [
-    "lab.cli",
-    "lab.trials",
-    "lab.memory.trial",
-    "lab.memory.simulated_trial",
-    "bitsandbytes",
-    "peft",
-    "transformers.optimization",
-    "transformers.models.llama.modeling_llama",
-    "lab.preloaded",
-]
-"""Imported once, in this order, by the server from which trials are forked: 10 s that no trial pays again. `lab.cli` is what
-started the study: a forked process runs its parent's main module again."""
-
-PRELOAD_FOR_CUDA = [
-    "lab.cli",
-    "lab.trials",
-    "torch",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.llama.modeling_llama",
-]
-"""The same where trials use a GPU: no module that starts CUDA when it is imported, as bitsandbytes does, and PEFT and the
-Trainer, which import it. A process that is forked after CUDA has started cannot use it."""
-
-NOT_DEFAULT = (
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "PYTORCH_ALLOC_CONF",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
-    "CUBLAS_WORKSPACE_CONFIG",
-)
-"""Variables that change bytes or digits on a GPU, and that clusters and containers set: a trial has torch's defaults."""
-
-# On import it asks for a package that is not needed; the server, which imports this module first, would print that.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-SIMULATED = "none (simulated)"
-"""The device of a trial on tensors without storage."""
 
 
 @dataclass(frozen=True)
@@ -226,158 +180,6 @@ class _Pace:
         return sum(shares)
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What every record of one run of trials has in common."""
-
-    root: Path
-    commit: str
-    dirty: bool
-    environment: str
-    fingerprints: dict[str, str]
-    threads: int
-    device: str
-    device_memory_bytes: int
-    driver: str
-    limit_gib: float | None = None
-    """Of the smaller card that this one stands for."""
-
-    @classmethod
-    def now(cls, workspace: Workspace, specs: Sequence[TrialSpec], threads: int, device: str) -> Origin:
-        """The state of the tree, the installation and the prepared files."""
-        commit, dirty = records.git_state(workspace.root)
-        name, memory = records.describe_device(device)
-        limit = limit_gib() if device == "cuda" else None
-        prints = {}
-        for model in sorted({model for spec in specs for model in spec.models()}):
-            folder = workspace.model(model)
-            if model in ("smol", "tiny") and not (folder / "config.json").is_file():
-                raise LabError(f"model '{model}' is not prepared in {folder}. Run: dvc repro prepare_{_stage(model)}")
-            if folder.is_dir():
-                prints[model] = records.folder_fingerprint(folder)
-                prints |= _commit_of(folder, model)
-            elif shape := shape_fingerprint(model):
-                prints[model] = shape
-        for task in sorted({task for spec in specs for task in spec.tasks()}):
-            prints[f"task {task}"] = records.files_fingerprint(workspace.data, workspace.data.glob(f"{task}-*.jsonl"))
-        prints |= _commit_of(workspace.data, "data")
-        return cls(
-            workspace.root,
-            commit,
-            dirty,
-            read_environment(workspace),
-            prints,
-            threads,
-            name,
-            memory if limit is None else min(memory, size_bytes(limit)),
-            records.describe_driver(device),
-            limit,
-        )
-
-    def code(self, spec: TrialSpec) -> str:
-        """The fingerprint of the code that a trial runs."""
-        return records.code_fingerprint(self.root, spec.settings.kind, spec.methods())
-
-    def inputs(self, spec: TrialSpec) -> dict[str, str]:
-        """The fingerprints of the files that a trial reads."""
-        tasks = spec.tasks()
-        wanted = spec.models() | ({"data"} if tasks else set())
-        found = {key: value for key, value in self.fingerprints.items() if key.split(" ")[0] in wanted}
-        found |= {} if self.limit_gib is None else {LIMIT: f"{self.limit_gib:g}"}
-        return found | ({"data": "+".join(self.fingerprints[f"task {task}"] for task in tasks)} if tasks else {})
-
-    def provenance(self, spec: TrialSpec, started: str, seconds: float) -> Provenance:
-        """The provenance of one record."""
-        python, platform = records.describe_python()
-        simulated = isinstance(spec.settings, Simulation)
-        return Provenance(
-            commit=self.commit,
-            dirty=self.dirty,
-            code=self.code(spec),
-            environment=self.environment,
-            inputs=self.inputs(spec),
-            versions=records.stack_versions(),
-            python=python,
-            platform=platform,
-            device=SIMULATED if simulated else self.device,
-            device_memory_bytes=0 if simulated else self.device_memory_bytes,
-            driver="" if simulated else self.driver,
-            threads=spec.threads,
-            started=started,
-            seconds=round(seconds, 3),
-        )
-
-
-def shape_fingerprint(model: str) -> str | None:
-    """The fingerprint of a bundled configuration; None for a model that is prepared."""
-    shape = shapes().get(model)
-    return records.files_fingerprint(shape.parent, [shape]) if shape else None
-
-
-def _stage(model: str) -> str:
-    return "model" if model == "smol" else "tiny"
-
-
-def _commit_of(folder: Path, name: str) -> dict[str, str]:
-    """The hub commit that a prepared folder was resolved to, where it comes from the hub."""
-    path = folder / "source.json"
-    source = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {f"{name} commit": source["commit"]} if "commit" in source else {}
-
-
-def read_environment(workspace: Workspace) -> str:
-    """The id of this installation, as the `environment` stage wrote it."""
-    try:
-        return json.loads(workspace.environment.read_text(encoding="utf-8"))["id"]
-    except (OSError, ValueError, KeyError):
-        raise LabError(f"{workspace.environment} is missing or damaged. Run: dvc repro environment") from None
-
-
-# Processes ------------------------------------------------------------------------------------------------------
-
-
-def start_server(device: str) -> None:
-    """Start the server from which trials are forked, unless it runs already. It imports while the caller does something else."""
-    if device == "cuda":
-        for name in NOT_DEFAULT:
-            os.environ.pop(name, None)
-        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking whether there is a GPU starts nothing then
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # the Trainer would spread a batch over several
-    forkserver.set_forkserver_preload(PRELOAD_FOR_CUDA if device == "cuda" else PRELOAD)
-    forkserver.ensure_running()
-
-
-@dataclass
-class _Running:
-    """A trial under way in its own process."""
-
-    spec: TrialSpec
-    process: Any
-    receiver: Any
-    started_at: str
-    started: float
-
-    def finish(self, origin: Origin, lenient: bool) -> Record:
-        """The record of the trial, whatever became of its process.
-
-        Raises:
-            LabError: the trial could not be run because of a user's mistake, unless that is to be recorded.
-        """
-        answer: dict[str, Any] = {}
-        with contextlib.suppress(EOFError, ConnectionError):
-            if self.receiver.poll(0):
-                answer = self.receiver.recv()
-        self.process.join()
-        if "error" in answer and lenient:
-            answer = {"status": "failed", "message": answer["error"]}
-        if "error" in answer:
-            raise LabError(f"{self.spec.experiment}/{self.spec.name}: {answer['error']}")
-        if not answer:
-            answer = {"status": "failed", "message": _how_it_died(self.process.exitcode)}
-        provenance = origin.provenance(self.spec, self.started_at, time.perf_counter() - self.started)
-        return Record(spec=self.spec, provenance=provenance, **answer)
-
-
 def _run_all(
     specs: Sequence[TrialSpec],
     workspace: Workspace,
@@ -388,17 +190,15 @@ def _run_all(
 ) -> Iterator[Record]:
     """Run trials in order, as many side by side as the threads allow; records come as trials end.
 
-    The processes are forked from a server that has imported the stack. What does not fit the card is not run.
+    What does not fit the card is not run.
     """
-    context = multiprocessing.get_context("forkserver")
     waiting = list(specs)
-    running: list[_Running] = []
+    running: list[Running] = []
     try:
         while waiting or running:
             left = deadline - time.monotonic()
             if left <= 0:
-                now = time.perf_counter()
-                raise TimeIsUp({f"{t.spec.experiment}/{t.spec.name}": now - t.started for t in running})
+                raise TimeIsUp({f"{t.spec.experiment}/{t.spec.name}": t.seconds for t in running})
             free = origin.threads - sum(trial.spec.threads for trial in running)
             # A trial that asks for more threads than there are runs alone.
             if waiting and (waiting[0].threads <= free or not running):
@@ -406,101 +206,17 @@ def _run_all(
                 if record := _unfit(spec, origin, shortfall):
                     yield record
                 else:
-                    running.append(_start(context, spec, workspace))
+                    running.append(start_trial(spec, workspace))
                 continue
-            ends = [end for trial in running for end in (trial.receiver, trial.process.sentinel)]
-            ready = wait(ends, None if math.isinf(left) else left)
+            ready = wait([end for trial in running for end in trial.ends], None if math.isinf(left) else left)
             if not ready:
                 continue
-            trial = next(t for t in running if t.receiver in ready or t.process.sentinel in ready)
+            trial = next(t for t in running if any(end in ready for end in t.ends))
             running.remove(trial)
             yield trial.finish(origin, lenient)
     finally:
         for trial in running:
-            trial.process.kill()
-            trial.process.join()
-
-
-def _start(context: Any, spec: TrialSpec, workspace: Workspace) -> _Running:
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_trial_process, args=(spec.model_dump_json(), workspace, sender), name=spec.name)
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    running = _Running(spec, process, receiver, now, time.perf_counter())
-    process.start()
-    sender.close()
-    return running
-
-
-def _how_it_died(exitcode: int | None) -> str:
-    if exitcode is not None and exitcode < 0:
-        name = signal.Signals(-exitcode).name
-        hint = " (often the kernel, when memory runs out)" if name == "SIGKILL" else ""
-        return f"the process was ended by {name}{hint}"
-    return f"the process ended with exit code {exitcode} and no answer"
-
-
-def _trial_process(spec_json: str, workspace: Workspace, sender: Any) -> None:
-    """The body of a trial's process: run, send figures, end."""
-    _end_with_parent()
-    # Ctrl-C is the parent's to handle: it ends this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import warnings
-
-    import torch
-    import transformers
-
-    warnings.filterwarnings("ignore")
-    logging.getLogger().setLevel(logging.ERROR)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    from lab.runners import execute
-
-    spec = TrialSpec.model_validate_json(spec_json)
-    torch.set_num_threads(spec.threads)
-    limit_allocator()
-    count_grouped_queries()
-    try:
-        outcome = execute(spec.settings, workspace)
-        status: Status = "diverged" if outcome.diverged else "ok"
-        answer: dict[str, Any] = {
-            "status": status,
-            "message": outcome.diverged,
-            "figures": records.as_numbers(outcome.figures),
-            "series": {name: records.as_series(values) for name, values in outcome.series.items()},
-            "tags": outcome.tags,
-        }
-    except LabError as error:
-        answer = {"error": str(error)}
-    except Exception as error:
-        answer = {"status": "oom" if _is_out_of_memory(error) else "failed", "message": _last_line(error)}
-    sender.send(answer)
-    sender.close()
-
-
-def _end_with_parent() -> None:
-    """End this process when the study's process has gone, so that no trial goes on unseen."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            wait([parent.sentinel])
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    told = ("out of memory", "can't allocate memory", "status_alloc_failed", "memoryallocation")
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in told)
-
-
-def _last_line(error: Exception) -> str:
-    import traceback
-
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first} ({Path(frame.filename).name}, line {frame.lineno})"
+            trial.kill()
 
 
 # One study in a folder ------------------------------------------------------------------------------------------

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from lab import planner
 from lab.grouped_queries import count_grouped_queries
 from lab.hub_endpoint import Hub
+from lab.planner import Answer, answer
+from lab.pricing import read_spec
 from lab.workspace import Workspace
+from tests.prices import arithmetic
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,6 +67,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def priced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
+    """The answer to a specification, by arithmetic."""
+    monkeypatch.setattr(planner, "predict", arithmetic)
+    return lambda quick=False, confirm=True, **spec: answer(read_spec(spec), quick, confirm)
 
 
 @pytest.fixture

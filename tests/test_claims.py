@@ -37,6 +37,7 @@ from lab.claims import (
 from lab.errors import LabError
 from lab.memory.ledger import Parts
 from lab.memory.workload import PHASES
+from lab.origin import shape_fingerprint
 from lab.params import Count, Profile, Section
 from lab.plots import Line, Plot, draw
 from lab.records import Record
@@ -44,7 +45,6 @@ from lab.specs import Adapters, InContext, Memory, Setup, Training, TrialSpec
 from lab.statistics import Interval
 from lab.study import Study
 from lab.sweeps import expand
-from lab.trials import shape_fingerprint
 from tests.conftest import ROOT
 from tests.test_records import make_record
 

@@ -21,9 +21,9 @@ from lab.errors import LabError
 from lab.evaluation import IGNORED, Row
 from lab.hub_endpoint import Hub
 from lab.models import read_source
+from lab.origin import Origin
 from lab.params import DataSection, DataSizes, HubData
 from lab.specs import Training, TrialSpec
-from lab.trials import Origin
 from lab.workspace import Workspace
 
 TASK, DATASET, NOWHERE = "family_relationships", "lab/sums", "http://127.0.0.1:9"

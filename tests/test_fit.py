@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from lab import planner
+from lab import planner, pricing
 from lab.cards import GIB, GPUS
 from lab.memory.workload import OPTIMIZERS, PARTS, PHASES, Workload
 from lab.models import shapes
 from tests.conftest import ROOT
+from tests.prices import SMALL, arithmetic
 from tests.test_cli import Answer, call
-from tests.test_planner import SMALL, arithmetic
 
 CONTRACT = {
     "peak_bytes",
@@ -52,7 +52,7 @@ def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 
 @pytest.fixture
 def quick_fit(fit: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
-    """The same, priced by the arithmetic of test_planner."""
+    """The same, priced by plain arithmetic."""
     monkeypatch.setattr(planner, "predict", arithmetic)
     return fit
 
@@ -230,7 +230,7 @@ def test_a_plot_that_cannot_be_written_is_one_line(quick_fit: Callable[..., Answ
 def test_a_list_has_a_line_for_each(fit: Callable[..., Answer], what: str) -> None:
     known: dict[str, Any] = {
         "models": shapes(),
-        "methods": planner.methods(),
+        "methods": pricing.methods(),
         "optimizers": OPTIMIZERS,
         "gpus": GPUS,
     }
@@ -243,7 +243,7 @@ def test_a_list_has_a_line_for_each(fit: Callable[..., Answer], what: str) -> No
 def test_the_library_bundles_what_the_lecture_needs() -> None:
     from lab.memory.architecture import Architecture
 
-    sizes = [Architecture.of(planner.load_config(name)).parameters() for name in shapes()]
+    sizes = [Architecture.of(pricing.load_config(name)).parameters() for name in shapes()]
     assert sum(size >= 1e8 for size in sizes) >= 20
     assert max(sizes) > 400e9
 

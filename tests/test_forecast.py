@@ -60,7 +60,8 @@ def forecast(card: Card, workspace: Workspace) -> Forecast:
 
 
 def test_a_prediction_is_that_of_lab_fit(workspace: Workspace) -> None:
-    from lab.planner import answer, read_spec
+    from lab.planner import answer
+    from lab.pricing import read_spec
 
     asked = {"model": "llama-3.2-1b", "method": "lora", "dtype": "bf16", "batch": 4, "length": 512, "rank": 8}
     expected = answer(read_spec({**asked, "gpu": "H100-80GB"}), quick=True).prediction.peak_bytes

@@ -22,9 +22,9 @@ import pytest
 from lab import models
 from lab.errors import LabError
 from lab.hub_endpoint import Hub
+from lab.origin import Origin
 from lab.params import ModelsSection, SmolSource
 from lab.specs import Memory, TrialSpec
-from lab.trials import Origin
 from lab.workspace import Workspace
 from tests.test_hub_endpoint import embedding_hash, tiny_llama
 

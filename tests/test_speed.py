@@ -10,7 +10,7 @@ import torch
 from lab.errors import LabError
 from lab.memory.architecture import Architecture
 from lab.models import load_model
-from lab.planner import load_config
+from lab.pricing import load_config
 from lab.runners import Outcome, execute
 from lab.specs import Speed
 from lab.speed import SIDES, build, plain_trainer, quantise

@@ -7,7 +7,7 @@ import pytest
 from experiments import model_size, peak_memory, peft_cost
 from lab.claims import Evidence
 from lab.memory.architecture import Architecture
-from lab.planner import load_config
+from lab.pricing import load_config
 from lab.specs import Simulation, TrialSpec
 from tests.test_records import make_record
 

@@ -14,7 +14,7 @@ from lab.claims import Verdict, judge
 from lab.errors import LabError
 from lab.memory.simulated_trial import read_config, workload_of
 from lab.memory.workload import MIB, PHASES, check
-from lab.planner import predict
+from lab.pricing import predict
 from lab.records import Record
 from lab.specs import Memory, Simulation, TrialSpec
 from lab.study import Study
