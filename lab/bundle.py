@@ -10,7 +10,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -110,11 +109,11 @@ def prepare(study: Study) -> None:
 
 def _unpack_head(root: Path, folder: Path) -> None:
     """The tracked files at HEAD: what the commit's name stands for, whatever lies in the folder."""
-    done = subprocess.run(["git", "-C", str(root), "archive", "HEAD", *TRACKED], capture_output=True)
+    done = subprocess.run(["git", "-C", str(root), "archive", "--format=zip", "HEAD", *TRACKED], capture_output=True)
     if done.returncode:
         raise LabError(f"bundle: git cannot give the files of HEAD: {done.stderr.decode().strip()}. Use a clone.")
-    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-        archive.extractall(folder, filter="data")
+    with zipfile.ZipFile(io.BytesIO(done.stdout)) as archive:
+        archive.extractall(folder)
 
 
 def _pins(root: Path) -> list[str]:
