@@ -324,11 +324,10 @@ def _rows(what: str) -> Iterator[dict[str, Any]]:
     from lab.cards import GPUS
     from lab.memory.architecture import Architecture
     from lab.memory.workload import OPTIMIZERS
-    from lab.models import shapes
 
     match what:
         case "models":
-            found = {name: Architecture.of(pricing.load_config(name)) for name in shapes()}
+            found = {name: Architecture.of(config) for name, config in pricing.bundled_configs().items()}
             for name, shape in sorted(found.items(), key=lambda entry: entry[1].parameters()):
                 yield {"name": name, "parameters": shape.parameters(), "kind": shape.kind}
         case "gpus":

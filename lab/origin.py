@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,6 +100,11 @@ class Origin:
             started=started,
             seconds=round(seconds, 3),
         )
+
+
+def timestamp() -> str:
+    """Now, as a record says it: UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def shape_fingerprint(model: str) -> str | None:

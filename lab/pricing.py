@@ -118,6 +118,13 @@ def load_config(name: str) -> dict[str, Any]:
     raise unknown("model", name, bundled)
 
 
+def bundled_configs() -> dict[str, dict[str, Any]]:
+    """The config.json of every bundled shape, by name."""
+    from lab.models import shapes
+
+    return {name: _read_config(path) for name, path in shapes().items()}
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
 import multiprocessing
 import os
@@ -20,7 +19,7 @@ from lab import records
 from lab.device import limit_allocator
 from lab.errors import LabError
 from lab.grouped_queries import count_grouped_queries
-from lab.origin import Origin
+from lab.origin import Origin, timestamp
 from lab.records import Record, Status
 from lab.specs import TrialSpec
 from lab.workspace import Workspace
@@ -123,8 +122,7 @@ def start_trial(spec: TrialSpec, workspace: Workspace) -> Running:
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_trial_process, args=(spec.model_dump_json(), workspace, sender), name=spec.name)
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    running = Running(spec, process, receiver, now, time.perf_counter())
+    running = Running(spec, process, receiver, timestamp(), time.perf_counter())
     process.start()
     sender.close()
     return running

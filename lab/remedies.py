@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from lab.errors import LabError
 from lab.memory.architecture import Architecture
 from lab.memory.workload import Prediction, Workload
 from lab.planner import Answer, positions, with_changes
-from lab.pricing import load_config
+from lab.pricing import bundled_configs
 
 WORTH_IT = 0.01
 """A remedy that lowers the peak by less than this share is left out."""
@@ -254,37 +254,41 @@ REMEDIES = (
 
 def _smaller_model(given: Answer, workload: Workload) -> Rung | None:
     """The largest bundled model that fits with all remedies; at most four are priced."""
-    from lab.models import shapes
-
     size = Architecture.of(workload.config).parameters()
     bytes_per_parameter = given.price(workload).peak_bytes / size
     room = (given.card_bytes or 0) - CONTEXT_BYTES
-    configs = {name: load_config(name) for name in shapes()}
+    configs = bundled_configs()
     sizes = {name: Architecture.of(config).parameters() for name, config in configs.items()}
     names = [n for n in sizes if sizes[n] < size and 0.8 * sizes[n] * bytes_per_parameter < room]
+    candidates = {}
     for name in sorted(names, key=sizes.__getitem__, reverse=True)[:4]:
-        config = configs[name]
-        smaller = with_changes(workload, config=config, targets=None)
+        smaller = with_changes(workload, config=configs[name], targets=None)
         smaller = with_changes(smaller, length=min(smaller.length, positions(smaller)))
-        try:
-            rung = _rung(given, f"smaller model: {name}", workload, smaller, "saves time", "a smaller model knows less")
-        except LabError:
-            continue
-        if rung.fits:
-            return rung
-    return None
+        candidates[f"smaller model: {name}"] = smaller
+    return _first_that_fits(given, workload, candidates, "saves time", "a smaller model knows less")
 
 
 def _bigger_card(given: Answer, workload: Workload, how: str) -> Rung | None:
     """The smallest card of the table that takes the workload."""
     prediction, least = given.price(workload), (1 + DRIVER_SHARE) * (given.card_bytes or 0)
-    for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.total_bytes):
-        if gpu.total_bytes > least and given.takes(gpu.total_bytes, prediction):
-            moved = with_changes(workload, gpu=gpu.name, vram_gib=None)
-            try:  # its cuBLAS may take more, its attention too, and it may lack flash-attn's
-                rung = _rung(given, f"bigger card, {how}: {gpu.name}", workload, moved, "none", "none; it costs money")
-            except LabError:
-                continue
-            if rung.fits:
-                return rung
+    # Priced again on each: its cuBLAS may take more, its attention too, and it may lack flash-attn's.
+    candidates = {
+        f"bigger card, {how}: {gpu.name}": with_changes(workload, gpu=gpu.name, vram_gib=None)
+        for gpu in sorted(GPUS.values(), key=lambda gpu: gpu.total_bytes)
+        if gpu.total_bytes > least and given.takes(gpu.total_bytes, prediction)
+    }
+    return _first_that_fits(given, workload, candidates, "none", "none; it costs money")
+
+
+def _first_that_fits(
+    given: Answer, before: Workload, candidates: Mapping[str, Workload], time: str, quality: str
+) -> Rung | None:
+    """The first of the named candidates that fits; one that the engine does not cover is passed over."""
+    for name, after in candidates.items():
+        try:
+            rung = _rung(given, name, before, after, time, quality)
+        except LabError:
+            continue
+        if rung.fits:
+            return rung
     return None

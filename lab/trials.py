@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import fcntl
 import math
 import os
@@ -16,7 +15,7 @@ from typing import Any
 
 from lab import records
 from lab.errors import LabError
-from lab.origin import Origin
+from lab.origin import Origin, timestamp
 from lab.processes import Running, start_server, start_trial
 from lab.records import Record
 from lab.specs import Plan, TrialSpec, templates
@@ -136,8 +135,7 @@ def _unfit(spec: TrialSpec, origin: Origin, shortfall: Callable[[TrialSpec], Sho
     short = shortfall(spec) if shortfall else None
     if short is None:
         return None
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    provenance = origin.provenance(spec, now, 0.0)
+    provenance = origin.provenance(spec, timestamp(), 0.0)
     figures: dict[str, float | None] = {PREDICTED: short.predicted_bytes}
     return Record(spec=spec, status="oom", message=short.message, figures=figures, provenance=provenance)
 
