@@ -42,6 +42,7 @@ from lab.statistics import (
     lies_above,
     lies_within,
     mean_interval,
+    mean_product,
     mean_ratio,
     span,
 )
@@ -171,13 +172,19 @@ def _trained(evidence: Evidence, model: str, method: str) -> dict[int, Record]:
 # peft-trains-faster ---------------------------------------------------------------------------------------------
 
 
-def _faster(name: str, ratios: Sequence[float], confidence: float) -> Cell:
-    """A method's time over full fine-tuning's; where a run never arrives there is no mean, and all runs have to lie above."""
-    if all(map(math.isfinite, ratios)):
-        interval = mean_ratio(ratios, confidence)
-    else:
-        interval = Interval(math.inf, min(ratios), math.inf, len(ratios))
+def _faster(name: str, interval: Interval) -> Cell:
+    """A method's time over full fine-tuning's, and whether it is less."""
     return Cell(name, interval, lies_within(interval, -math.inf, 1 - MARGIN))
+
+
+def _to_target(updates: Sequence[float], times: Sequence[float], confidence: float) -> Interval:
+    """Time to the target over full fine-tuning's: its updates, seed by seed, times those of an update, measured apart.
+
+    Where a run never arrives there is no mean, and all of them have to lie above.
+    """
+    if all(map(math.isfinite, updates)):
+        return mean_product(updates, times, confidence)
+    return Interval(math.inf, min(updates) * min(times), math.inf, len(updates))
 
 
 def _validation(record: Record) -> list[tuple[float, float]]:
@@ -228,12 +235,10 @@ def judge_faster(evidence: Evidence) -> Finding:
     cells = _cells(evidence)
     times = {cell: [r.figure("ratio") for r in _timed(evidence, f"time-{cell[1]}", cell[0])] for cell in cells}
     updates = {cell: _updates_ratios(evidence, *cell) for cell in _with_curves(evidence)}
-    per_update = [_faster(_on(cell), ratios, bonferroni(len(times))) for cell, ratios in times.items()]
+    per_update = [_faster(_on(cell), mean_ratio(ratios, bonferroni(len(times)))) for cell, ratios in times.items()]
     to_target = []
     for cell, needed in updates.items():
-        # Draws of the two factors are independent: any pairing of them gives draws of the product.
-        products = [u * t for u, t in zip(needed.ratios, times[cell], strict=False)]
-        found = _faster(_on(cell), products, bonferroni(len(updates)))
+        found = _faster(_on(cell), _to_target(needed.ratios, times[cell], bonferroni(len(updates))))
         to_target.append(replace(found, answer="undecided") if needed.unseen else found)
     verdict = over_answers(cell.answer for cell in [*per_update, *to_target])
     slowest = max(per_update, key=lambda cell: cell.interval.high)

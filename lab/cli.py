@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 
@@ -88,7 +88,10 @@ def study(
     if code:
         print(f"lab study: dvc repro ended with {code}; its last lines say why. Start again to go on.", file=sys.stderr)
         raise typer.Exit(2 if code == 2 else 1)
-    _print_table([v for v in _study(profile).verdicts if v.experiment in wanted or not wanted])
+    judged = _study(profile)
+    _print_table([v for v in judged.verdicts if v.experiment in wanted or not wanted])
+    with contextlib.suppress(LabError):  # no repository, or one that has no verdicts under this profile
+        _print_pairs(judged, "HEAD", wanted)
 
 
 @app.command()
@@ -226,6 +229,7 @@ def verdicts(
     profile: ProfileOption = None,
     as_json: JsonOption = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the rows of the table in README.md.")] = False,
+    against: Annotated[Optional[str], typer.Option(help="A commit, or other results: print what differs.")] = None,  # noqa: UP045
 ) -> None:
     """Judge the records and print the verdicts; exit 1 if a claim is refuted. Without --profile: of every profile."""
     from dataclasses import asdict
@@ -234,6 +238,10 @@ def verdicts(
 
     first = _study(profile)
     names = [profile] if profile else _judged(first)
+    if against:
+        for name in names:
+            _print_pairs(_study(name), against)
+        return
     found = [verdict for name in names for verdict in _study(name).verdicts]
     if as_json:
         print(json.dumps(tidy([asdict(verdict) for verdict in found]), indent=1, ensure_ascii=False))
@@ -247,13 +255,14 @@ def verdicts(
 
 
 def _judged(study: Study) -> list[str]:
-    """The profiles that have results, with those of GPUs elsewhere; where no GPU has run anything, `gpu` says so."""
-    from lab.study import imported
+    """The profiles that have results, also those of machines elsewhere; where no GPU has run anything, `gpu` says so."""
+    from lab.study import elsewhere
 
     results = study.workspace.root / "results"
-    elsewhere = imported(results)
-    here = [n for n in study.params.profiles if (results / n).is_dir() or (n == "gpu" and not elsewhere)]
-    return here + elsewhere
+    others = elsewhere(results, study.params)
+    no_gpu = not any(name.startswith("gpu-") for name in others)
+    here = [n for n in study.params.profiles if (results / n).is_dir() or (n == "gpu" and no_gpu)]
+    return here + others
 
 
 @app.command()
@@ -401,6 +410,17 @@ def _print_table(found: list[Verdict]) -> None:
     from lab.progress import verdict_table
 
     verdict_table(found)
+
+
+def _print_pairs(study: Study, other: str, experiments: Sequence[str] = ()) -> None:
+    from lab.progress import pair_table
+    from lab.replication import pairs, summary
+
+    found = [pair for pair in pairs(study, other) if pair.now.experiment in experiments or not experiments]
+    differing = [pair for pair in found if pair.apart or not pair.same]
+    if differing:
+        pair_table(differing, other)
+    print(summary(found, other))
 
 
 if __name__ == "__main__":

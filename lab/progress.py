@@ -15,6 +15,7 @@ from lab.trials import Progress
 
 if TYPE_CHECKING:
     from lab.claims import Verdict
+    from lab.replication import Pair
     from lab.study import Study
     from lab.tracking import Tracker
 
@@ -100,6 +101,17 @@ def verdict_table(found: Sequence[Verdict], console: Console | None = None) -> N
                 verdict.advice,
             )
         console.print(table)
+
+
+def pair_table(found: Sequence[Pair], other: str) -> None:
+    """Claim and tier, with verdict and effect as they were found there and as they are here."""
+    table = Table(title=f"Other than in {other}", title_justify="left", show_lines=True)
+    for column in ("claim", "tier", f"in {other}", "here"):
+        table.add_column(column, overflow="fold")
+    for pair in found:
+        sides = [f"[{COLOURS[v.verdict]}]{v.verdict}[/]\n{effect(v)}" for v in (pair.before, pair.now)]
+        table.add_row(pair.now.claim, pair.now.tier, *sides)
+    _console().print(table)
 
 
 def markdown_row(verdict: Verdict) -> str:

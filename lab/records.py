@@ -288,6 +288,14 @@ def has_commit(root: Path, commit: str) -> bool:
         return False
 
 
+def committed(root: Path, revision: str, path: str) -> str | None:
+    """The text of a file as a commit has it; None where there is no such file, commit or repository."""
+    try:
+        return _git(root, "show", f"{revision}:{path}")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def _only_profile_changed(root: Path) -> bool:
     """Choosing another profile is no change of the study: the record's folder says which profile it was."""
     import yaml

@@ -47,8 +47,11 @@ def simulate(settings: SimulatedInference, workspace: Workspace) -> Outcome:
 def _bytes_of(settings: SimulatedInference, config: dict[str, Any]) -> dict[str, int]:
     """One forward pass over the prompt and one for each token, on shadows, with the kernels of the device."""
     workload = workload_of(settings, config)
-    model = simulation.build(workload, config).eval()
+    model: Any = simulation.build(workload, config).eval()
     with kernels.emulated(workload), ShadowMode(settings.device):
         simulation.materialise(model, workload)
+        for layer in model.modules():
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False  # see lab.models: a processor would pack anew, no card does
         prompts = torch.zeros(settings.batch, settings.length, dtype=torch.long)
         return measure(model, AutoConfig.for_model(**config), prompts, settings.tokens, kernels.make_ledger(workload))

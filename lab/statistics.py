@@ -106,6 +106,28 @@ def mean_ratio(ratios: Sequence[float], confidence: float = CONFIDENCE) -> Inter
     return Interval(math.exp(logs.estimate), math.exp(logs.low), _exp(logs.high), logs.n)
 
 
+def mean_product(first: Sequence[float], second: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """The product of two geometric means of ratios that were drawn apart from each other, so that no draw has a partner.
+
+    Its logarithm is a sum of two means, whose interval is Welch's: variances need not be equal, nor numbers of draws.
+    `n` is the smaller of these.
+
+    Raises:
+        ValueError: no ratio, or one that is not positive.
+    """
+    from scipy import stats
+
+    one, other = mean_ratio(first, confidence), mean_ratio(second, confidence)
+    estimate, n = one.estimate * other.estimate, min(one.n, other.n)
+    if n == 1:
+        return Interval(estimate, 0.0, math.inf, 1)
+    if min(first) == max(first):  # scipy divides by the spread
+        return Interval(estimate, one.estimate * other.low, one.estimate * other.high, n)
+    logs, inverses = [math.log(ratio) for ratio in first], [-math.log(ratio) for ratio in second]
+    low, high = stats.ttest_ind(logs, inverses, equal_var=False).confidence_interval(confidence)
+    return Interval(estimate, math.exp(low), _exp(high), n)
+
+
 def _exp(value: float) -> float:
     """e^value, infinite where that is too large for a float."""
     try:

@@ -266,15 +266,16 @@ class Study:
                     path.unlink(missing_ok=True)  # of records that are no longer there
 
 
-def imported(results: Path) -> list[str]:
-    """The folders below `results` with the records of a GPU elsewhere: `gpu-h100`."""
-    return sorted(path.name for path in results.glob("gpu-*") if path.is_dir())
+def elsewhere(results: Path, params: Params) -> list[str]:
+    """The folders below `results` with what another machine has measured of a profile: `gpu-h100`, `cpu-xeon`."""
+    folders = (path.name for path in results.glob("*-*") if path.is_dir() and path.name not in params.profiles)
+    return sorted(name for name in folders if name.partition("-")[0] in params.profiles)
 
 
 def _with_device(name: str, params: Params, results: Path) -> tuple[str, str]:
     """The profile and the device of a name: `gpu-h100` is the profile `gpu` measured on an h100, where that was imported."""
     profile, _, device = name.partition("-")
-    return (profile, device) if name not in params.profiles and name in imported(results) else (name, "")
+    return (profile, device) if name in elsewhere(results, params) else (name, "")
 
 
 def tidy(value: Any) -> Any:

@@ -136,11 +136,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     from rich.console import Console
 
     from lab.progress import verdict_table
-    from lab.study import Study, imported
+    from lab.study import Study, elsewhere
 
     found = [
         verdict
-        for name in ("cpu", "full", *imported(ROOT / "results"))
+        for name in ("cpu", "full", *elsewhere(ROOT / "results", Study.load("cpu", ROOT).params))
         if (ROOT / "results" / name).is_dir()
         for verdict in Study.load(name, ROOT).verdicts
     ]

@@ -573,6 +573,51 @@ def test_without_a_profile_the_verdicts_of_all_that_have_results_are_shown(score
     assert row == "| `scores-are-high` | cpu | supported | 0.9 [-, 0.9] points | 2 | Rely on it. |\n"
 
 
+def test_results_of_another_machine_are_judged_under_their_own_name_and_set_beside(scores: Project) -> None:
+    measure(scores, 0.9, 0.1)
+    measure(scores, 0.1, 0.1, "smoke-xeon")
+    (scores.root / "results" / "old-notes").mkdir()  # no profile's
+    assert scores.run("judge", "--profile", "smoke-xeon").code == 0
+    found = json.loads(scores.run("verdicts", "--json").out)
+    assert {row["profile"]: row["verdict"] for row in found} == {"smoke": "supported", "smoke-xeon": "refuted"}
+    beside = scores.run("verdicts", "--profile", "smoke", "--against", "smoke-xeon").out
+    assert beside.endswith("Against smoke-xeon: 0 of 1 verdicts are the same; effects with intervals apart: 0\n")
+
+
+def test_verdicts_are_set_beside_those_of_a_commit(scores: Project) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=lab", "-c", "user.email=lab@localhost", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", "-C", str(scores.root), *identity, *arguments], check=True, capture_output=True)
+
+    measure(scores, 0.9, 0.1)
+    git("init", "-q")
+    refused = scores.run("verdicts", "--profile", "smoke", "--against", "HEAD").mistake()
+    said = "'HEAD' is neither a folder of results with verdicts nor a commit that has results/smoke/verdicts.json. `git log --"
+    assert refused.startswith(said)
+    assert scores.run("judge", "--profile", "smoke").code == 0
+    git("add", "--force", "results/smoke/verdicts.json")
+    git("commit", "-q", "-m", "Evidence")
+    against = ("verdicts", "--profile", "smoke", "--against", "HEAD")
+    same = scores.run(*against)
+    assert (same.code, same.out, same.err) == (
+        0,
+        "Against HEAD: 1 of 1 verdicts are the same; effects with intervals apart: 0\n",
+        "",
+    )
+    measure(scores, 0.4, 0.1)
+    other = scores.run(*against, COLUMNS="200").out
+    for word in (
+        "Other than in HEAD",
+        "scores-are-high",
+        "supported",
+        "0.9 [-, 0.9] points",
+        "refuted",
+        "0.4 [-, 0.4] points",
+    ):
+        assert word in other
+    assert other.endswith("Against HEAD: 0 of 1 verdicts are the same; effects with intervals apart: 0\n")
+
+
 def test_a_page_on_a_claim_is_printed_and_an_unknown_claim_is_one_line(scores: Project) -> None:
     measure(scores, 0.9, 0.1)
     answer = scores.run("explain", "scores-are-high", "--profile", "smoke")

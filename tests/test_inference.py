@@ -145,6 +145,24 @@ def test_a_simulated_model_may_be_of_any_size_and_slide(workspace: Workspace) ->
     assert found["base_prefill_cache_bytes"] == 2 * 26 * 256 * 2048 * 2
 
 
+def test_a_simulated_card_does_not_depend_on_the_processor_that_simulates_it(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes packs weights anew for a processor with bf16 products, in evaluation."""
+    setup: dict[str, Any] = {
+        "model": "llama-6m",
+        "precision": "bf16",
+        "quantisation": "nf4",
+        "length": 24,
+        "device": "cuda",
+    }
+    found = []
+    for has_it in (False, True):
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda has_it=has_it: has_it)
+        found.append(execute(SimulatedInference(**setup), workspace).figures)
+    assert found[0] == found[1]
+
+
 # Ways and times -------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from lab.statistics import (
     lies_above,
     lies_within,
     mean_interval,
+    mean_product,
     mean_ratio,
     paired_difference,
     slope,
@@ -147,6 +149,23 @@ def test_a_mean_ratio_is_geometric_and_upside_down_it_is_that_of_the_inverses() 
         mean_ratio([1.0, 0.0])
     with pytest.raises(ValueError, match="positive"):
         mean_ratio([])
+
+
+def test_a_product_of_means_knows_no_order_of_its_factors_and_covers_as_often_as_it_says() -> None:
+    updates, times = [1.2, 1.5, 1.3, 1.9], [0.8, 0.6, 0.7]
+    found = mean_product(updates, times)
+    assert found.estimate == pytest.approx(mean_ratio(updates).estimate * mean_ratio(times).estimate)
+    assert (found.low, found.high) == pytest.approx(astuple(mean_product(times, updates[::-1]))[1:3])
+    assert found.low < found.estimate < found.high
+    assert found.n == 3
+    constant = mean_product([2.0, 2.0], times)
+    assert (constant.low, constant.high) == pytest.approx([2 * b for b in astuple(mean_ratio(times))[1:3]])
+    assert astuple(mean_product([2.0], times))[1:] == (0.0, math.inf, 1)
+    with pytest.raises(ValueError, match="positive"):
+        mean_product([1.0, 0.0], times)
+    draw = np.random.default_rng(0)
+    drawn = [mean_product(draw.lognormal(1, 0.5, 5).tolist(), draw.lognormal(-1, 0.1, 6).tolist()) for _ in range(1000)]
+    assert 0.93 <= np.mean([interval.low <= 1 <= interval.high for interval in drawn]) <= 0.97
 
 
 def test_a_curve_is_at_most_a_level_first_where_the_line_between_two_points_crosses_it() -> None:

@@ -1,0 +1,78 @@
+"""Verdicts beside those of a commit, or of another machine: are they the same?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lab import records
+from lab.claims import Verdict
+from lab.errors import LabError
+from lab.study import Study
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A claim in one tier, as it was found there and as it is here."""
+
+    before: Verdict
+    now: Verdict
+
+    @property
+    def same(self) -> bool:
+        """The same verdict, on whatever effect."""
+        return self.before.verdict == self.now.verdict
+
+    @property
+    def apart(self) -> bool:
+        """The two intervals share no point, so that the effects differ by more than either says it may err."""
+        (low, high), (other_low, other_high) = map(_bounds, (self.before, self.now))
+        return high < other_low or other_high < low
+
+
+def pairs(study: Study, other: str) -> list[Pair]:
+    """What was judged both there and here, in the order of the study.
+
+    Args:
+        other: results of another machine, named as their folder is (`cpu-xeon`); else a commit, whose verdicts under the
+            study's profile are meant.
+    Raises:
+        LabError: there is neither such a folder nor such a commit, or it has no verdicts.
+    """
+    results = study.workspace.results
+    beside, path = results.parent / other / "verdicts.json", results / "verdicts.json"
+    inside = path.relative_to(study.workspace.root).as_posix()
+    text = (
+        beside.read_text(encoding="utf-8")
+        if beside.is_file()
+        else records.committed(study.workspace.root, other, inside)
+    )
+    if text is None:
+        raise LabError(
+            f"'{other}' is neither a folder of results with verdicts nor a commit that has {inside}. "
+            f"`git log -- {inside}` lists those that have it."
+        )
+    before = {(row["claim"], row["tier"]): row for row in json.loads(text)}
+    found = [Pair(_as_there(v, before[v.claim, v.tier]), v) for v in study.verdicts if (v.claim, v.tier) in before]
+    return [pair for pair in found if "not run" not in (pair.before.verdict, pair.now.verdict)]
+
+
+def summary(found: list[Pair], other: str) -> str:
+    """How many verdicts are the same, and how many effects are further apart than their intervals."""
+    same, apart = sum(pair.same for pair in found), sum(pair.apart for pair in found)
+    return f"Against {other}: {same} of {len(found)} verdicts are the same; effects with intervals apart: {apart}"
+
+
+def _as_there(now: Verdict, row: dict[str, Any]) -> Verdict:
+    """The verdict there; what a later version of the lab added to verdicts is as it is now."""
+    known = {field.name for field in dataclasses.fields(Verdict)}
+    return dataclasses.replace(now, **{key: value for key, value in row.items() if key in known})
+
+
+def _bounds(verdict: Verdict) -> tuple[float, float]:
+    """Infinite where there is none: JSON has no infinity."""
+    low, high = verdict.low, verdict.high
+    return -math.inf if low is None else low, math.inf if high is None else high
