@@ -237,11 +237,10 @@ def verdicts(
     from lab.study import tidy
 
     first = _study(profile)
-    names = [profile] if profile else _judged(first)
-    if against:
-        for name in names:
-            _print_pairs(_study(name), against)
+    if against:  # one profile: that of params.yaml if none is named
+        _print_pairs(first, against)
         return
+    names = [profile] if profile else _judged(first)
     found = [verdict for name in names for verdict in _study(name).verdicts]
     if as_json:
         print(json.dumps(tidy([asdict(verdict) for verdict in found]), indent=1, ensure_ascii=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,7 @@ def pairs(study: Study, other: str) -> list[Pair]:
     return [pair for pair in found if "not run" not in (pair.before.verdict, pair.now.verdict)]
 
 
-def summary(found: list[Pair], other: str) -> str:
+def summary(found: Sequence[Pair], other: str) -> str:
     """How many verdicts are the same, and how many effects are further apart than their intervals."""
     same, apart = sum(pair.same for pair in found), sum(pair.apart for pair in found)
     return f"Against {other}: {same} of {len(found)} verdicts are the same; effects with intervals apart: {apart}"

@@ -32,7 +32,7 @@ def skip_what_has_not_run(study: Study, experiment: Experiment) -> None:
     """An experiment without evidence under a profile says so, and is left out."""
     if not study.evidence(experiment.name)[0]:
         verdicts = {verdict.verdict for verdict in study.verdicts if verdict.experiment == experiment.name}
-        assert verdicts == {"not run"}
+        assert verdicts <= {"not run"}  # none, where every tier of a claim is simulated
         pytest.skip(f"{experiment.name} has not run under the profile {study.workspace.profile}")
 
 
