@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from lab.claims import Experiment, Verdict
 from lab.errors import unknown
 from lab.progress import effect
+from lab.replication import elsewhere
 from lab.study import Study
 
 WIDTH = 100
@@ -41,6 +42,9 @@ def _verdict(study: Study, verdict: Verdict) -> Iterator[str]:
     yield from _field("Verdict", f"{verdict.verdict}, in the {verdict.tier} tier of the profile {verdict.profile}")
     if verdict.effect is not None:
         yield from _field("Figures", f"{effect(verdict)} (n = {verdict.n})")
+    others = [f"{v.profile}: {v.verdict}, {effect(v)} (n = {v.n})" for v in elsewhere(study, verdict)]
+    if others:
+        yield from _field("Elsewhere", "; ".join(others))
     yield from _field("Because", verdict.because)
     yield from _field("Where it flips", flips(study, verdict))
     yield from _field("Scope", verdict.scope)

@@ -61,6 +61,16 @@ def pairs(study: Study, other: str) -> list[Pair]:
     return [pair for pair in found if "not run" not in (pair.before.verdict, pair.now.verdict)]
 
 
+def elsewhere(study: Study, verdict: Verdict) -> list[Verdict]:
+    """The same claim in the same tier, by the other results of this folder: of other profiles, of other machines."""
+    found = []
+    for path in sorted(study.workspace.results.parent.glob("*/verdicts.json")):
+        if path.parent != study.workspace.results:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            found += [_as_there(verdict, r) for r in rows if (r["claim"], r["tier"]) == (verdict.claim, verdict.tier)]
+    return [other for other in found if other.verdict != "not run"]
+
+
 def summary(found: Sequence[Pair], other: str) -> str:
     """How many verdicts are the same, and how many effects are further apart than their intervals."""
     same, apart = sum(pair.same for pair in found), sum(pair.apart for pair in found)

@@ -36,12 +36,31 @@ def fields(text: str) -> dict[str, str]:
 def test_a_page_has_what_a_person_asks(study: Study, claim: str) -> None:
     experiment = study.registry.claims[claim][0].name
     found = fields(page(study, claim))
-    wanted = ["Claim", "Counts as true", "Verdict", "Figures", "Because", "Where it flips", "Scope", "Check", "Advice"]
+    wanted = [
+        "Claim",
+        "Counts as true",
+        "Verdict",
+        "Figures",
+        "Elsewhere",
+        "Because",
+        "Where it flips",
+        "Scope",
+        "Check",
+        "Advice",
+    ]
     assert [*wanted, "Plot", "Records", "Source", "Run it again"] == list(found)
     assert found["Claim"].startswith(study.registry.claims[claim][1].statement)
     assert found["Run it again"] == f"rm -r results/cpu/{experiment} && lab study {experiment} --profile cpu"
     assert (ROOT / found["Source"]).is_file()
     assert (ROOT / found["Plot"].strip()).is_file()
+
+
+def test_a_page_says_what_other_profiles_and_other_machines_found_in_the_same_tier(study: Study) -> None:
+    text = fields(page(study, "pretrained-start"))["Elsewhere"]
+    for name in ("full", "cpu-xeon"):
+        (other,) = [v for v in Study.load(name, ROOT).verdicts if v.claim == "pretrained-start"]
+        assert f"{name}: {other.verdict}, " in text
+    assert "Elsewhere" not in fields(page(study, "paged-adamw-pages"))
 
 
 def test_no_line_is_wider_than_a_terminal(study: Study) -> None:
