@@ -140,6 +140,22 @@ def test_the_readme_shows_the_methods_side_by_side() -> None:
         assert row in readme, f"README.md has no row '{row}'"
 
 
+def test_the_findings_show_the_methods_on_both_processors() -> None:
+    findings = (ROOT / "FINDINGS.md").read_text(encoding="utf-8")
+    found: dict[str, list[str]] = {}
+    for name in ("cpu", "cpu-xeon"):
+        evidence = Evidence(Study.load(name, ROOT).evidence("peft_vs_full")[0])
+        for arm in dict.fromkeys(r.spec.arm for r in evidence.records if r.spec.arm != "tiny-base"):
+            best = at_best(evidence.attempts(arm))
+            scores = [fmean(r.figure(figure) for r in best) for figure in ("test_accuracy", "recall")]
+            cells = [f"{best[0].setting('learning_rate'):g}", *(f"{score:.2f}" for score in scores)]
+            found.setdefault(arm.removeprefix("tiny-"), []).extend(cells)
+    assert len(found) == 10
+    for method, cells in found.items():
+        row = " | ".join([f"| {method}", *cells]) + " |"
+        assert row in findings, f"FINDINGS.md has no row '{row}'"
+
+
 def test_the_readme_shows_the_methods_on_smollm2() -> None:
     evidence = Evidence(Study.load("full", ROOT).evidence("peft_vs_full")[0])
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
