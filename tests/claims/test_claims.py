@@ -74,7 +74,7 @@ def test_every_control_is_judged_as_it_declares_and_a_planted_fault_otherwise_th
             pytest.skip(f"{claim_id}: what its controls need has not run under {study.workspace.profile}")
         verdict = claim.judge(evidence).verdict
         if study.workspace.device and verdict == "inconclusive":
-            pytest.skip(f"{claim_id}: what has come from this GPU so far decides nothing")
+            pytest.skip(f"{claim_id}: what has come from that machine so far decides nothing")
         fault = distrust(claim, verdict, answers)
         assert not fault, f"{claim_id}, tier {tier}, is {verdict}: {fault}"
 
