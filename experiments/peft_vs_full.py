@@ -562,6 +562,8 @@ SCOPE = (
     "each model on one task and after one number of updates, which decides too: LoRA on tiny is within the margin after 240, and "
     "after 120 it was 30 points short in first tries, 80 in little_data of the profile full; in fp32, QLoRA's base in nf4; "
     "intervals are over seeds, given the test questions: of 200 (tiny) one is 0.5 points, of 64 (smol, profile full) 1.6; "
+    "a rate is tried with one seed (in full, tiny: two), and another may choose another: IA3's came to 0.3 in cpu (98 %), to "
+    "0.1 on a second processor (77 %, cpu-xeon); "
     "prompt, prefix and P-Tuning need a larger model (Lester et al. 2021: 11B), which this one is not"
 )
 
