@@ -415,7 +415,7 @@ def _print_pairs(study: Study, other: str, experiments: Sequence[str] = ()) -> N
     from lab.progress import pair_table
     from lab.replication import pairs, summary
 
-    found = [pair for pair in pairs(study, other) if pair.now.experiment in experiments or not experiments]
+    found = [pair for pair in pairs(study, other) if pair.here.experiment in experiments or not experiments]
     differing = [pair for pair in found if pair.apart or not pair.same]
     if differing:
         pair_table(differing, other)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from lab.claims import Experiment, Verdict
 from lab.errors import unknown
 from lab.progress import effect
-from lab.replication import elsewhere
+from lab.replication import of_others
 from lab.study import Study
 
 WIDTH = 100
@@ -42,7 +42,7 @@ def _verdict(study: Study, verdict: Verdict) -> Iterator[str]:
     yield from _field("Verdict", f"{verdict.verdict}, in the {verdict.tier} tier of the profile {verdict.profile}")
     if verdict.effect is not None:
         yield from _field("Figures", f"{effect(verdict)} (n = {verdict.n})")
-    others = [f"{v.profile}: {v.verdict}, {effect(v)} (n = {v.n})" for v in elsewhere(study, verdict)]
+    others = [f"{v.profile}: {v.verdict}, {effect(v)} (n = {v.n})" for v in of_others(study, verdict)]
     if others:
         yield from _field("Elsewhere", "; ".join(others))
     yield from _field("Because", verdict.because)

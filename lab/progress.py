@@ -109,8 +109,8 @@ def pair_table(found: Sequence[Pair], other: str) -> None:
     for column in ("claim", "tier", f"in {other}", "here"):
         table.add_column(column, overflow="fold")
     for pair in found:
-        sides = [f"[{COLOURS[v.verdict]}]{v.verdict}[/]\n{effect(v)}" for v in (pair.before, pair.now)]
-        table.add_row(pair.now.claim, pair.now.tier, *sides)
+        sides = [f"[{COLOURS[v.verdict]}]{v.verdict}[/]\n{effect(v)}" for v in (pair.there, pair.here)]
+        table.add_row(pair.here.claim, pair.here.tier, *sides)
     _console().print(table)
 
 

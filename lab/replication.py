@@ -19,18 +19,18 @@ from lab.study import Study
 class Pair:
     """A claim in one tier, as it was found there and as it is here."""
 
-    before: Verdict
-    now: Verdict
+    there: Verdict
+    here: Verdict
 
     @property
     def same(self) -> bool:
         """The same verdict, on whatever effect."""
-        return self.before.verdict == self.now.verdict
+        return self.there.verdict == self.here.verdict
 
     @property
     def apart(self) -> bool:
         """The two intervals share no point, so that the effects differ by more than either says it may err."""
-        (low, high), (other_low, other_high) = map(_bounds, (self.before, self.now))
+        (low, high), (other_low, other_high) = map(_bounds, (self.there, self.here))
         return high < other_low or other_high < low
 
 
@@ -44,30 +44,29 @@ def pairs(study: Study, other: str) -> list[Pair]:
         LabError: there is neither such a folder nor such a commit, or it has no verdicts.
     """
     results = study.workspace.results
-    beside, path = results.parent / other / "verdicts.json", results / "verdicts.json"
-    inside = path.relative_to(study.workspace.root).as_posix()
-    text = (
-        beside.read_text(encoding="utf-8")
-        if beside.is_file()
-        else records.committed(study.workspace.root, other, inside)
-    )
+    inside = (results / "verdicts.json").relative_to(study.workspace.root).as_posix()
+    beside = results.parent / other / "verdicts.json"
+    if beside.is_file():
+        text: str | None = beside.read_text(encoding="utf-8")
+    else:
+        text = records.committed(study.workspace.root, other, inside)
     if text is None:
         raise LabError(
             f"'{other}' is neither a folder of results with verdicts nor a commit that has {inside}. "
             f"`git log -- {inside}` lists those that have it."
         )
-    before = {(row["claim"], row["tier"]): row for row in json.loads(text)}
-    found = [Pair(_as_there(v, before[v.claim, v.tier]), v) for v in study.verdicts if (v.claim, v.tier) in before]
-    return [pair for pair in found if "not run" not in (pair.before.verdict, pair.now.verdict)]
+    there = _by_claim(text)
+    found = [Pair(_as_there(v, there[v.claim, v.tier]), v) for v in study.verdicts if (v.claim, v.tier) in there]
+    return [pair for pair in found if "not run" not in (pair.there.verdict, pair.here.verdict)]
 
 
-def elsewhere(study: Study, verdict: Verdict) -> list[Verdict]:
+def of_others(study: Study, verdict: Verdict) -> list[Verdict]:
     """The same claim in the same tier, by the other results of this folder: of other profiles, of other machines."""
     found = []
     for path in sorted(study.workspace.results.parent.glob("*/verdicts.json")):
-        if path.parent != study.workspace.results:
-            rows = json.loads(path.read_text(encoding="utf-8"))
-            found += [_as_there(verdict, r) for r in rows if (r["claim"], r["tier"]) == (verdict.claim, verdict.tier)]
+        there = _by_claim(path.read_text(encoding="utf-8"))
+        if path.parent != study.workspace.results and (verdict.claim, verdict.tier) in there:
+            found.append(_as_there(verdict, there[verdict.claim, verdict.tier]))
     return [other for other in found if other.verdict != "not run"]
 
 
@@ -77,10 +76,15 @@ def summary(found: Sequence[Pair], other: str) -> str:
     return f"Against {other}: {same} of {len(found)} verdicts are the same; effects with intervals apart: {apart}"
 
 
-def _as_there(now: Verdict, row: dict[str, Any]) -> Verdict:
-    """The verdict there; what a later version of the lab added to verdicts is as it is now."""
+def _by_claim(verdicts: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """The rows of a verdicts.json by claim and tier."""
+    return {(row["claim"], row["tier"]): row for row in json.loads(verdicts)}
+
+
+def _as_there(here: Verdict, row: dict[str, Any]) -> Verdict:
+    """The verdict there; what a later version of the lab added to verdicts is as it is here."""
     known = {field.name for field in dataclasses.fields(Verdict)}
-    return dataclasses.replace(now, **{key: value for key, value in row.items() if key in known})
+    return dataclasses.replace(here, **{key: value for key, value in row.items() if key in known})
 
 
 def _bounds(verdict: Verdict) -> tuple[float, float]:

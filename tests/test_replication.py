@@ -7,7 +7,7 @@ import pytest
 from lab.claims import Verdict
 from lab.replication import Pair, summary
 
-NOW = Verdict(
+HERE = Verdict(
     claim="a-claim",
     experiment="an_experiment",
     tier="cpu",
@@ -34,12 +34,12 @@ NOW = Verdict(
 def test_intervals_are_apart_that_share_no_point_and_null_is_no_bound(
     low: float | None, high: float | None, apart: bool
 ) -> None:
-    other = replace(NOW, low=low, high=high)
-    assert Pair(other, NOW).apart is apart
-    assert Pair(NOW, other).apart is apart
+    other = replace(HERE, low=low, high=high)
+    assert Pair(other, HERE).apart is apart
+    assert Pair(HERE, other).apart is apart
 
 
 def test_a_summary_counts_verdicts_and_effects() -> None:
-    elsewhere, refuted = replace(NOW, low=2.0, high=3.0), replace(NOW, verdict="refuted")
-    found = [Pair(NOW, NOW), Pair(elsewhere, NOW), Pair(refuted, NOW)]
+    elsewhere, refuted = replace(HERE, low=2.0, high=3.0), replace(HERE, verdict="refuted")
+    found = [Pair(HERE, HERE), Pair(elsewhere, HERE), Pair(refuted, HERE)]
     assert summary(found, "abc") == "Against abc: 2 of 3 verdicts are the same; effects with intervals apart: 1"
