@@ -323,7 +323,8 @@ def judge(
     if tier not in claim.tiers:
         finding = _no_finding("not run", f"this claim has no {tier} tier")
     elif not records:
-        finding = _no_finding("not run", f"nothing has been measured under the profile {profile}")
+        nothing = f"nothing has been measured under the profile {profile}"
+        finding = _no_finding("not run", nothing if planned else f"the profile {profile} plans no trial of it")
     else:
         finding = _find(claim, evidence)
         answers = judge_controls(claim, evidence)

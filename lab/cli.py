@@ -237,6 +237,8 @@ def verdicts(
     from lab.study import tidy
 
     first = _study(profile)
+    if against and (as_json or markdown):
+        raise LabError("verdicts: --against prints a table of its own. Leave out --json and --markdown.")
     if against:  # one profile: that of params.yaml if none is named
         _print_pairs(first, against)
         return
@@ -250,6 +252,9 @@ def verdicts(
         print("\n".join(map(markdown_row, found)))
     else:
         _print_table(found)
+        for name in names:
+            if earlier := _study(name).by_other_code():
+                print(f"Profile {name}, measured by earlier code of the lab: {', '.join(earlier)}")
     raise typer.Exit(1 if any(verdict.verdict == "refuted" for verdict in found) else 0)
 
 

@@ -82,7 +82,14 @@ def _where(study: Study, experiment: Experiment, found: list[Verdict]) -> Iterat
         folder = (study.workspace.results / experiment.name).relative_to(root)
         yield from _field("Records", f"{folder} ({count})")
     yield from _field("Source", f"experiments/{experiment.name}.py")
-    profile = "gpu" if {verdict.tier for verdict in found} == {"gpu"} else study.workspace.profile
+    profile = study.workspace.profile
+    planning = study.planning(experiment)
+    if profile not in planning:  # what only a card can show, or none
+        profile = next((name for name in ("cpu", "full", "gpu") if name in planning), profile)
+    if experiment.name in study.by_other_code():
+        yield from _field(
+            "Code", "some of the records were measured by earlier code of the lab; run it again for today's"
+        )
     if count:  # records that still hold are not measured again
         yield from _field("Run it again", f"rm -r {folder} &&")
     yield from _field("" if count else "Run it again", f"lab study {experiment.name} --profile {profile}")

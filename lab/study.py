@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from lab.forecast import Forecast
 
 
+OTHER_CODE = "was measured with other code"
+"""Of a record that is as planned, but for what has changed in the code of its kind of trial since."""
+
+
 @dataclass(frozen=True)
 class Study:
     """What params.yaml says under a profile, and the claims of this folder."""
@@ -230,13 +234,34 @@ class Study:
                     reasons.append(f"{spec.name} is missing")
             elif record.spec != spec:
                 reasons.append(f"{spec.name} was measured with other settings")
-            elif record.provenance.code != records.code_fingerprint(
-                self.workspace.root, spec.settings.kind, spec.methods()
-            ):
-                reasons.append(f"{spec.name} was measured with other code")
+            elif self._by_other_code(record):
+                reasons.append(f"{spec.name} {OTHER_CODE}")
             elif any(shape_fingerprint(m) not in (None, record.provenance.inputs.get(m)) for m in spec.models()):
                 reasons.append(f"{spec.name} was measured on another shape")
         return reasons
+
+    def by_other_code(self) -> list[str]:
+        """The experiments whose records answer today's plan, but were measured, some of them at least, by code that has changed.
+
+        They are evidence of that code. `lab study` measures them again.
+        """
+        found = []
+        for name, experiment in self.registry.experiments.items():
+            wanted = {spec.name for spec in self.planned(experiment)}
+            if any(r.spec.name in wanted and self._by_other_code(r) for r in self.evidence(name)[0]):
+                found.append(name)
+        return found
+
+    def _by_other_code(self, record: Record) -> bool:
+        spec = record.spec
+        now = records.code_fingerprint(self.workspace.root, spec.settings.kind, spec.methods())
+        return record.provenance.code != now
+
+    def planning(self, experiment: Experiment) -> list[str]:
+        """The profiles that plan trials of an experiment."""
+        return [
+            name for name in self.params.profiles if experiment.plan(self.params.profiles[name], f"params.yaml: {name}")
+        ]
 
     def plots(self, experiment: Experiment) -> list[Path]:
         """The plots of an experiment that have been drawn."""

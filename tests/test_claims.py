@@ -246,6 +246,7 @@ def test_without_records_a_claim_was_not_run() -> None:
     assert (verdict.verdict, verdict.n, verdict.effect, verdict.records) == ("not run", 0, None, ())
     assert verdict.because == "nothing has been measured under the profile cpu"
     assert verdict.advice == "Measure it yourself."  # what to do while nothing is decided
+    assert judged([], planned=0).because == "the profile cpu plans no trial of it"
 
 
 def test_a_tier_that_the_claim_does_not_name_is_not_judged() -> None:
@@ -647,6 +648,7 @@ def study(tmp_path: Path) -> Study:
 
 def test_evidence_of_this_plan_and_code_is_not_stale(study: Study) -> None:
     assert study.stale(study.registry.experiment("memory_formulas")) == []
+    assert study.by_other_code() == []
     reasons = study.stale(study.registry.experiment("grad_accumulation"))
     assert reasons
     assert all(reason.endswith(" is missing") for reason in reasons)
@@ -678,6 +680,7 @@ def test_evidence_is_stale_by_the_record_that_is_damaged_missing_or_of_another_p
     assert f"{names[1]} is missing" in reasons
     assert f"{names[2]} was measured with other settings" in reasons
     assert f"{names[3]} was measured with other code" in reasons
+    assert study.by_other_code() == ["memory_formulas"]
 
 
 def test_damaged_records_are_missing_trials_to_the_verdict_and_unplanned_ones_do_not_count(study: Study) -> None:

@@ -569,6 +569,9 @@ def test_without_a_profile_the_verdicts_of_all_that_have_results_are_shown(score
     table = scores.run("verdicts", COLUMNS="200").out
     for word in ("Verdicts, profile smoke", "Verdicts, profile cpu", "scores-are-high", "Rely on it.", "refuted"):
         assert word in table
+    assert table.endswith(
+        "Profile smoke, measured by earlier code of the lab: scores\nProfile cpu, measured by earlier code of the lab: scores\n"
+    )
     row = scores.run("verdicts", "--profile", "smoke", "--markdown").out
     assert row == "| `scores-are-high` | cpu | supported | 0.9 [-, 0.9] points | 2 | Rely on it. |\n"
 
@@ -595,6 +598,9 @@ def test_verdicts_are_set_beside_those_of_a_commit(scores: Project) -> None:
     said = "'HEAD' is neither a folder of results with verdicts nor a commit that has results/smoke/verdicts.json. `git log --"
     assert refused.startswith(said)
     assert scores.run("judge", "--profile", "smoke").code == 0
+    for form in ("--json", "--markdown"):
+        said = scores.run("verdicts", "--profile", "smoke", "--against", "HEAD", form).mistake()
+        assert said == "verdicts: --against prints a table of its own. Leave out --json and --markdown."
     git("add", "--force", "results/smoke/verdicts.json")
     git("commit", "-q", "-m", "Evidence")
     against = ("verdicts", "--profile", "smoke", "--against", "HEAD")

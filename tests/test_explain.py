@@ -56,11 +56,25 @@ def test_a_page_has_what_a_person_asks(study: Study, claim: str) -> None:
 
 
 def test_a_page_says_what_other_profiles_and_other_machines_found_in_the_same_tier(study: Study) -> None:
-    text = fields(page(study, "pretrained-start"))["Elsewhere"]
-    for name in ("full", "cpu-xeon"):
-        (other,) = [v for v in Study.load(name, ROOT).verdicts if v.claim == "pretrained-start"]
+    text = fields(page(study, "peft-keeps-quality"))["Elsewhere"]
+    for name in ("full", "cpu-epyc"):
+        (other,) = [v for v in Study.load(name, ROOT).verdicts if v.claim == "peft-keeps-quality"]
         assert f"{name}: {other.verdict}, " in text
     assert "Elsewhere" not in fields(page(study, "paged-adamw-pages"))
+
+
+def test_what_a_profile_leaves_out_is_said_to_run_in_another(study: Study) -> None:
+    found = fields(page(study, "paged-adamw-pages"))
+    assert found["Because"] == "the profile cpu plans no trial of it"
+    assert found["Run it again"] == "lab study paged_optimizer --profile gpu"
+    found = fields(page(Study.load("gpu", ROOT), "hub-pinned-revision"))
+    assert found["Run it again"] == "lab study hub --profile cpu"
+
+
+def test_records_of_earlier_code_are_said_to_be_so(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "Code" not in fields(page(study, "weights-bytes"))
+    monkeypatch.setattr(Study, "by_other_code", lambda _: ["memory_formulas"])
+    assert "by earlier code of the lab" in fields(page(study, "weights-bytes"))["Code"]
 
 
 def test_no_line_is_wider_than_a_terminal(study: Study) -> None:

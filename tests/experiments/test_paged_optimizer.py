@@ -179,5 +179,5 @@ def test_without_a_card_it_is_not_run_and_says_so(profile: str) -> None:
     assert study.plan(study.registry.experiment("paged_optimizer")) == []
     found = [v for v in study.verdicts if v.claim == "paged-adamw-pages"]
     assert [(v.tier, v.verdict, v.because) for v in found] == [
-        ("gpu", "not run", f"nothing has been measured under the profile {profile}")
+        ("gpu", "not run", f"the profile {profile} plans no trial of it")
     ]
