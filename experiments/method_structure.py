@@ -442,7 +442,7 @@ EXPERIMENT = Experiment(
             {"LoRA as IA3": _instead("lora", "ia3"), "a merge that does nothing": merging_nothing},
             "Take IA3 for the smallest file: it scales what the model has and adds no direction.",
             "Merge IA3 in fp32: it scales and adds no direction, but in bf16 rounding may take a third of a small change.",
-            stated={"cpu": "conditional", "full": "conditional"},
+            stated={"cpu": "supported", "full": "conditional"},
         ),
         _claim(
             "mora-is-high-rank",

@@ -38,7 +38,7 @@ def pairs(study: Study, other: str) -> list[Pair]:
     """What was judged both there and here, in the order of the study.
 
     Args:
-        other: results of another machine, named as their folder is (`cpu-xeon`); else a commit, whose verdicts under the
+        other: results of another machine, named as their folder is (`cpu-epyc`); else a commit, whose verdicts under the
             study's profile are meant.
     Raises:
         LabError: there is neither such a folder nor such a commit, or it has no verdicts.

@@ -292,7 +292,7 @@ class Study:
 
 
 def elsewhere(results: Path, params: Params) -> list[str]:
-    """The folders below `results` with what another machine has measured of a profile: `gpu-h100`, `cpu-xeon`."""
+    """The folders below `results` with what another machine has measured of a profile: `gpu-h100`, `cpu-epyc`."""
     folders = (path.name for path in results.glob("*-*") if path.is_dir() and path.name not in params.profiles)
     return sorted(name for name in folders if name.partition("-")[0] in params.profiles)
 

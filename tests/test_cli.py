@@ -570,7 +570,7 @@ def test_without_a_profile_the_verdicts_of_all_that_have_results_are_shown(score
     for word in ("Verdicts, profile smoke", "Verdicts, profile cpu", "scores-are-high", "Rely on it.", "refuted"):
         assert word in table
     assert table.endswith(
-        "Profile smoke, measured by earlier code of the lab: scores\nProfile cpu, measured by earlier code of the lab: scores\n"
+        "Profile cpu, measured by earlier code of the lab: scores\nProfile smoke, measured by earlier code of the lab: scores\n"
     )
     row = scores.run("verdicts", "--profile", "smoke", "--markdown").out
     assert row == "| `scores-are-high` | cpu | supported | 0.9 [-, 0.9] points | 2 | Rely on it. |\n"
