@@ -236,14 +236,14 @@ def verdicts(
 
     from lab.study import tidy
 
-    first = _study(profile)
     if against and (as_json or markdown):
         raise LabError("verdicts: --against prints a table of its own. Leave out --json and --markdown.")
+    first = _study(profile)
     if against:  # one profile: that of params.yaml if none is named
         _print_pairs(first, against)
         return
-    names = [profile] if profile else _judged(first)
-    found = [verdict for name in names for verdict in _study(name).verdicts]
+    studies = [first] if profile else [_study(name) for name in _judged(first)]
+    found = [verdict for each in studies for verdict in each.verdicts]
     if as_json:
         print(json.dumps(tidy([asdict(verdict) for verdict in found]), indent=1, ensure_ascii=False))
     elif markdown:
@@ -252,9 +252,9 @@ def verdicts(
         print("\n".join(map(markdown_row, found)))
     else:
         _print_table(found)
-        for name in names:
-            if earlier := _study(name).by_other_code():
-                print(f"Profile {name}, measured by earlier code of the lab: {', '.join(earlier)}")
+        for each in studies:
+            if earlier := each.by_other_code():
+                print(f"Profile {each.workspace.label}, measured by earlier code of the lab: {', '.join(earlier)}")
     raise typer.Exit(1 if any(verdict.verdict == "refuted" for verdict in found) else 0)
 
 

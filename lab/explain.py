@@ -86,7 +86,7 @@ def _where(study: Study, experiment: Experiment, found: list[Verdict]) -> Iterat
     planning = study.planning(experiment)
     if profile not in planning:  # what only a card can show, or none
         profile = next((name for name in ("cpu", "full", "gpu") if name in planning), profile)
-    if experiment.name in study.by_other_code():
+    if study.has_other_code(experiment):
         yield from _field(
             "Code", "some of the records were measured by earlier code of the lab; run it again for today's"
         )

@@ -234,34 +234,25 @@ class Study:
                     reasons.append(f"{spec.name} is missing")
             elif record.spec != spec:
                 reasons.append(f"{spec.name} was measured with other settings")
-            elif self._by_other_code(record):
+            elif record.provenance.code != records.code_fingerprint(
+                self.workspace.root, spec.settings.kind, spec.methods()
+            ):
                 reasons.append(f"{spec.name} {OTHER_CODE}")
             elif any(shape_fingerprint(m) not in (None, record.provenance.inputs.get(m)) for m in spec.models()):
                 reasons.append(f"{spec.name} was measured on another shape")
         return reasons
 
+    def has_other_code(self, experiment: Experiment) -> bool:
+        """Whether records of an experiment are as planned but for code that has changed since; `lab study` measures them again."""
+        return any(reason.endswith(OTHER_CODE) for reason in self.stale(experiment))
+
     def by_other_code(self) -> list[str]:
-        """The experiments whose records answer today's plan, but were measured, some of them at least, by code that has changed.
-
-        They are evidence of that code. `lab study` measures them again.
-        """
-        found = []
-        for name, experiment in self.registry.experiments.items():
-            wanted = {spec.name for spec in self.planned(experiment)}
-            if any(r.spec.name in wanted and self._by_other_code(r) for r in self.evidence(name)[0]):
-                found.append(name)
-        return found
-
-    def _by_other_code(self, record: Record) -> bool:
-        spec = record.spec
-        now = records.code_fingerprint(self.workspace.root, spec.settings.kind, spec.methods())
-        return record.provenance.code != now
+        """The experiments that have such records."""
+        return [name for name, experiment in self.registry.experiments.items() if self.has_other_code(experiment)]
 
     def planning(self, experiment: Experiment) -> list[str]:
-        """The profiles that plan trials of an experiment."""
-        return [
-            name for name in self.params.profiles if experiment.plan(self.params.profiles[name], f"params.yaml: {name}")
-        ]
+        """The profiles that have a section for an experiment."""
+        return [name for name, profile in self.params.profiles.items() if experiment.name in profile.experiments()]
 
     def plots(self, experiment: Experiment) -> list[Path]:
         """The plots of an experiment that have been drawn."""

@@ -73,7 +73,7 @@ def test_what_a_profile_leaves_out_is_said_to_run_in_another(study: Study) -> No
 
 def test_records_of_earlier_code_are_said_to_be_so(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Code" not in fields(page(study, "weights-bytes"))
-    monkeypatch.setattr(Study, "by_other_code", lambda _: ["memory_formulas"])
+    monkeypatch.setattr(Study, "has_other_code", lambda _, experiment: experiment.name == "memory_formulas")
     assert "by earlier code of the lab" in fields(page(study, "weights-bytes"))["Code"]
 
 

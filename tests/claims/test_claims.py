@@ -45,9 +45,8 @@ def test_the_committed_evidence_gives_the_stated_verdict(claim_id: str, study: S
     skip_what_has_not_run(study, experiment)
     reads = [name for name in experiment.reads if study.evidence(name)[0]]  # one that has not run says so itself
     reasons = [reason for name in (experiment.name, *reads) for reason in study.stale(REGISTRY.experiment(name))]
-    if (
-        study.workspace.label != "cpu"
-    ):  # the others take hours: what earlier code has measured stays, and FINDINGS.md names it
+    # The others take hours: what earlier code has measured stays, and FINDINGS.md names it.
+    if study.workspace.label != "cpu":
         reasons = [reason for reason in reasons if not reason.endswith(OTHER_CODE)]
     assert not reasons, f"results/{profile}/{experiment.name} is stale: {'; '.join(reasons[:3])}. {renew}"
     for verdict in [verdict for verdict in study.verdicts if verdict.claim == claim_id]:
